@@ -1,0 +1,80 @@
+"""One LoFT exchange against raw mpi4py collectives on the same bytes, taking turns in the same run.
+
+Legend: `exchange` is what a round does between its local steps: the change of the shared parameters averaged by all-reduce, the
+partitioned parameters gathered; `redeal` then fills the next sub-network out of the gathered buffer; `raw` is Allgatherv and
+Allreduce of as many bytes from and into buffers that are there already.
+"""
+
+import statistics
+import time
+
+import click
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from loft_hpc.comm.world import start
+from loft_hpc.filterwise.exchange import AllGatherExchange, full_layout
+from loft_hpc.filterwise.partition import deal
+from loft_hpc.filterwise.subnetwork import SubNetwork
+from loft_hpc.models.architecture import MODEL_NAMES, architecture
+from loft_hpc.models.groups import filter_groups, partitioned_groups
+from loft_hpc.models.resnet import build
+from loft_hpc.training.device import place
+
+
+@click.command(help=__doc__)
+@click.option("--model", type=click.Choice(MODEL_NAMES), default="resnet34", show_default=True)
+@click.option("--repetitions", type=click.IntRange(3), default=31, show_default=True)
+def main(model: str, repetitions: int) -> None:
+    world = start()
+    device, _ = place("cpu", "float32", world)
+    network = architecture(model, 10)
+    groups = partitioned_groups(filter_groups(network), "paper")
+    initial = {name: parameter.detach() for name, parameter in build(network, seed=0).named_parameters()}
+    sub = SubNetwork(network, groups, world.rank, world.size, device, momentum_travels=False)
+    exchange = AllGatherExchange(sub, full_layout(initial, groups, sub), groups, world)
+    deals = [deal(groups, world.size, 0, number) for number in range(repetitions + 1)]
+    sub.load(initial, deals[0][world.rank])
+
+    mine = np.zeros(sub.partitioned.content.numel(), dtype=np.float32)
+    shared = np.zeros(sub.shared.content.numel(), dtype=np.float32)
+    gathered = np.zeros(sum(world.mpi.allgather(len(mine))), dtype=np.float32)
+
+    def raw() -> None:
+        world.mpi.Allgatherv(mine, gathered)
+        world.mpi.Allreduce(MPI.IN_PLACE, shared)
+
+    times: dict[str, list[float]] = {"exchange": [], "redeal": [], "raw": []}
+
+    def timed(name: str, action) -> None:
+        world.barrier()
+        begun = time.perf_counter()
+        action()
+        world.barrier()
+        times[name].append(time.perf_counter() - begun)
+
+    raw()
+    for number in range(repetitions):
+        exchange.begin_round()
+        timed("exchange", exchange.run)
+        timed("redeal", lambda number=number: exchange.redeal(deals[number], deals[number + 1]))
+        timed("raw", raw)
+    merged = exchange.merge(deals[-2])
+    if not all(torch.equal(merged[name], initial[name]) for name in initial):
+        raise SystemExit("the exchange changed parameters that nobody trained: the timing means nothing")
+    if world.rank == 0:
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        click.echo(
+            f"{model}, {world.size} ranks, {repetitions} repetitions; per rank {mine.nbytes:,} partitioned and {shared.nbytes:,} shared bytes"
+        )
+        for name, values in times.items():
+            low, _, high = statistics.quantiles(values, n=4)
+            click.echo(
+                f"{name:9} median {1e3 * medians[name]:8.2f} ms   quartiles {1e3 * low:.2f} to {1e3 * high:.2f}   {medians[name] / medians['raw']:.2f} x raw"
+            )
+        both = medians["exchange"] + medians["redeal"]
+        click.echo(f"exchange and redeal together {1e3 * both:.2f} ms   {both / medians['raw']:.2f} x raw")
+
+
+main()

@@ -1,0 +1,30 @@
+"""How large a network is: parameters and floating-point operations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from loft_hpc.models.architecture import Architecture
+from loft_hpc.models.resnet import ResidualNetwork
+
+FLOPS_PER_MULTIPLY_ADD = 2
+
+
+@dataclass(frozen=True)
+class Size:
+    parameters: int
+    """Trainable parameters, normalisations included."""
+    flops: int
+    """Per image in a forward pass: convolutions and the classifier, a multiply-add counting 2."""
+
+
+def network_size(architecture: Architecture, hidden_widths: Mapping[str, int] | None, image_size: int) -> Size:
+    """Parameters and FLOPs for images of (in_channels, image_size, image_size), without computing anything (torch's meta device)."""
+    with torch.device("meta"):
+        network = ResidualNetwork(architecture, architecture.hidden_widths() | dict(hidden_widths or {})).eval()
+        image = torch.empty(1, architecture.in_channels, image_size, image_size)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(image)
+    return Size(sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops())

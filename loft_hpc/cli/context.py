@@ -1,0 +1,61 @@
+"""What a command carries with it: the world, started when first asked for, and its way to the screen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loft_hpc.comm.launch import announced_rank
+
+if TYPE_CHECKING:
+    from loft_hpc.comm.world import World
+
+
+class Job:
+    """The running command."""
+
+    def __init__(self) -> None:
+        self.started_world: World | None = None
+
+    @property
+    def world(self) -> World:
+        """All ranks of this job; MPI and Horovod start at the first use."""
+        if self.started_world is None:
+            from loft_hpc.comm.world import start
+
+            self.started_world = start()
+        return self.started_world
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank prints: rank 0 alone does, also in a command that starts no MPI."""
+        return (announced_rank() if self.started_world is None else self.started_world.rank) == 0
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            click.echo(text)
+
+    def show(self, format: str, fields: dict[str, Any], text: str) -> None:
+        """Results, as JSON with stable keys or as the text that a person reads."""
+        self.say(json.dumps(fields, indent=2) if format == "json" else text)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (
+            cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *others]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+format_option = click.option(
+    "--format", type=click.Choice(["table", "json"]), default="table", show_default=True, help="How results are printed."
+)

@@ -1,0 +1,96 @@
+"""The `loft` command: its subcommands, and the one place where failures become a line and an exit code."""
+
+import sys
+import traceback
+
+import click
+
+from loft_hpc import __version__
+from loft_hpc.cli.context import Job
+from loft_hpc.comm.launch import announced_rank
+from loft_hpc.errors import LoftError
+
+COMMANDS = {
+    "pretrain": "Find a ticket: train a network over all ranks.",
+    "prune": "Draw tickets from a pretraining run.",
+    "retrain": "Train a ticket over all ranks.",
+    "measure": "Accuracy, size, latency and filter distance.",
+    "commcost": "The communication-cost report.",
+    "doctor": "What is installed, what is missing, how to mend it.",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a subcommand's module when it is called, so that `loft --help` and usage errors need no torch."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        from importlib import import_module
+
+        return import_module(f"loft_hpc.cli.{name}").command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="loft-hpc")
+def loft() -> None:
+    """Find winning lottery tickets in convolutional networks by filter-wise training over MPI ranks.
+
+    Start it with mpirun: mpirun -np 4 loft pretrain --model resnet34
+    """
+
+
+def main() -> None:
+    """Entry point of the `loft` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong usage."""
+    job = Job()
+    try:
+        code = loft.main(arguments, prog_name="loft", standalone_mode=False, obj=job)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as problem:
+        return _fail(job, problem.format_message(), 2, usage=True)
+    except click.ClickException as problem:
+        context = getattr(problem, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context else ""
+        return _fail(job, " ".join(problem.format_message().split()) + hint, problem.exit_code, usage=True)
+    except LoftError as problem:
+        return _fail(job, str(problem), 2 if problem.usage else 1, usage=problem.usage)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(job, "interrupted", 1)
+    except Exception:  # a defect of ours, or a machine that fails: everything that helps to find it
+        return _fail(job, "unexpected failure\n" + traceback.format_exc(), 1)
+
+
+def _fail(job: Job, message: str, code: int, usage: bool = False) -> int:
+    """Tell the failure once, and make sure that no rank waits for one that is gone.
+
+    What all ranks ran into, rank 0 tells. What befell some alone, they tell themselves, and end the job on all ranks.
+    """
+    rank = announced_rank()
+    world = job.started_world
+    if world is None or world.size == 1:
+        together = usage or rank == 0
+    else:
+        together, rank = world.failed_together(), world.rank
+    if rank == 0:
+        print(f"loft: {message}", file=sys.stderr, flush=True)
+    elif not together:
+        print(f"loft: rank {rank}: {message}", file=sys.stderr, flush=True)
+    if not together and world is not None:
+        world.abort(code)
+    return code
+
+
+if __name__ == "__main__":
+    main()

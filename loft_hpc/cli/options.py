@@ -1,0 +1,90 @@
+"""Options that several commands share. Each is named as the settings' field that it fills; defaults live there."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from loft_hpc.data.registry import DATASET_NAMES, DataSettings
+from loft_hpc.training.settings import PRECISIONS, SCHEDULES, Computation, Evaluation, Optimisation
+
+Decorator = Callable[[Callable], Callable]
+
+
+def default(settings: type, name: str) -> Any:
+    """A settings field's default, which is the option's too."""
+    return next(field.default for field in fields(settings) if field.name == name)
+
+
+def fill(settings: type, options: dict[str, Any], **nested: Any) -> Any:
+    """Settings out of the options that carry their fields' names."""
+    return settings(**{field.name: nested.get(field.name, options.get(field.name)) for field in fields(settings)})
+
+
+def several(*options: Decorator) -> Decorator:
+    """One decorator out of many, in the order in which --help lists them."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def option(settings: type, name: str, help: str, **details: Any) -> Decorator:
+    """An option --NAME for the field NAME of `settings`, with the field's default."""
+    value = default(settings, name)
+    shown = {"show_default": True} if value is not None else {}
+    return click.option(f"--{name.replace('_', '-')}", name, default=value, help=help, **shown, **details)
+
+
+data_options = several(
+    option(DataSettings, "dataset", "Data set; digits and textures travel with their packages.", type=click.Choice(DATASET_NAMES)),
+    option(DataSettings, "data_dir", "Folder with the files of cifar10, cifar100, imagenet or imagefolder.", type=click.Path()),
+    option(DataSettings, "image_size", "Pixels per side, for textures, synthetic, imagenet and imagefolder.", type=click.IntRange(8)),
+    option(DataSettings, "download", "Fetch cifar10 or cifar100 into --data-dir first (rank 0 alone does).", is_flag=True),
+    option(DataSettings, "loader_workers", "Processes per rank that decode image files.", type=click.IntRange(0)),
+)
+
+optimisation_options = several(
+    option(Optimisation, "lr", "Learning rate at the start.", type=float),
+    option(Optimisation, "momentum", "Momentum of SGD.", type=float),
+    option(Optimisation, "weight_decay", "Weight decay of SGD.", type=float),
+    option(Optimisation, "schedule", "How the learning rate falls.", type=click.Choice(SCHEDULES)),
+    click.option(
+        "--milestone", "milestones", multiple=True, type=float, default=default(Optimisation, "milestones"), show_default=True,
+        help="Fraction of the training at which --schedule step lowers the learning rate (repeat for more).",
+    ),
+    option(Optimisation, "decay", "Factor on the learning rate at each milestone.", type=float),
+)  # fmt: skip
+
+evaluation_options = several(
+    option(Evaluation, "evaluate_every", "Epochs between evaluations (the last epoch always is evaluated).", type=int),
+    option(Evaluation, "evaluation_batch", "Images per step when evaluating.", type=int),
+    option(
+        Evaluation, "statistics_batches", "Training batches over which BatchNorm statistics are re-estimated before evaluating.", type=int
+    ),
+    option(Evaluation, "statistics_batch", "Images in each of those batches.", type=int),
+)
+
+device_option = option(
+    Computation, "device", "Where to compute; auto takes a GPU if there is one.", type=click.Choice(["auto", "cpu", "cuda"])
+)
+precision_option = option(Computation, "precision", "Arithmetic of convolutions; bfloat16 needs a GPU.", type=click.Choice(PRECISIONS))
+
+run_options = several(
+    click.option("--run", "run_path", type=click.Path(), help="Folder of the run.  [default: runs/MODEL-DATASET-STRATEGY+WORKERS-TIME]"),
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Go on with --run from its newest checkpoint, with its own settings; start it if it is not there yet.",
+    ),
+)
+
+
+def typed(context: click.Context) -> set[str]:
+    """Names of the options that were given on the command line, not left at their defaults."""
+    return {name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}

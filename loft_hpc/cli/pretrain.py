@@ -1,0 +1,96 @@
+"""`loft pretrain`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loft_hpc.cli.context import Job, format_option
+from loft_hpc.cli.options import (
+    data_options,
+    device_option,
+    evaluation_options,
+    fill,
+    optimisation_options,
+    option,
+    precision_option,
+    run_options,
+    several,
+    typed,
+)
+from loft_hpc.cli.progress import Progress
+from loft_hpc.cli.settings import for_run
+from loft_hpc.data.registry import DataSettings
+from loft_hpc.filterwise.loft import MOMENTUM_RULES, LoftSettings
+from loft_hpc.jobs.pretrain import STRATEGIES, PretrainSettings, pretrain
+from loft_hpc.models.architecture import MODEL_NAMES
+from loft_hpc.models.groups import PARTITION_RULES
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation
+
+loft_options = several(
+    option(LoftSettings, "local_iterations", "SGD steps of a worker between two exchanges.", type=int),
+    option(LoftSettings, "partition", "Blocks whose filters are dealt: the poster's (not stage 1, not strided blocks) or all.", type=click.Choice(PARTITION_RULES)),
+    option(LoftSettings, "momentum_across_rounds", "Start momentum at 0 every round, or let it travel with its parameters.", type=click.Choice(MOMENTUM_RULES)),
+    option(LoftSettings, "shard_data", "Disjoint shards of every epoch for the ranks, in place of all data in an order of their own.", is_flag=True),
+)  # fmt: skip
+
+
+@click.command("pretrain")
+@option(PretrainSettings, "strategy", "How the ranks train together.", type=click.Choice(STRATEGIES))
+@option(PretrainSettings, "model", "Residual network.", type=click.Choice(MODEL_NAMES), metavar="MODEL")
+@option(PretrainSettings, "widen", "Hidden filters as a multiple of the stage's width.  [default: 2 for wideresnet, else 1]", type=float)
+@data_options
+@option(PretrainSettings, "epochs", "Walks through the training images, per worker.", type=int)
+@option(PretrainSettings, "rounds", "Rounds of --local-iterations steps, in place of --epochs.", type=int)
+@option(PretrainSettings, "batch_size", "Images per step: of each worker under loft, of all together under data-parallel.", type=int)
+@loft_options
+@optimisation_options
+@option(PretrainSettings, "seed", "Decides initialisation, deals, data order and augmentation.", type=int)
+@option(PretrainSettings, "snapshot_every", "Epochs between full snapshots (0: only the first and the last).", type=int)
+@evaluation_options
+@device_option
+@precision_option
+@run_options
+@format_option
+@click.pass_context
+def command(context: click.Context, run_path: str | None, resume: bool, format: str, **options: Any) -> None:
+    """Train a network over all ranks so that its winning ticket can be drawn from it.
+
+    With --strategy loft every rank trains a narrow sub-network that holds a random share of every dealt block's hidden filters;
+    after --local-iterations steps the ranks exchange them and the filters are dealt anew.
+
+    Example: mpirun -np 4 loft pretrain --model resnet34
+    """
+    job: Job = context.obj
+    given = fill(
+        PretrainSettings,
+        options,
+        data=fill(DataSettings, options),
+        loft=fill(LoftSettings, options),
+        optimisation=fill(Optimisation, options),
+        evaluation=fill(Evaluation, options),
+        computation=fill(Computation, options),
+    )
+    if given.rounds is not None and "epochs" in typed(context):
+        raise click.UsageError("give --epochs or --rounds, not both")
+    path = Path(run_path) if run_path else None
+    settings = for_run(given, "pretrain", typed(context), path, resume)
+    world = job.world
+    speaks = world.rank == 0 and format == "table"
+    if speaks:
+        click.echo(
+            f"pretraining {settings.model} on {settings.data.label} with {settings.strategy} over {world.size} rank{'s' * (world.size > 1)}"
+        )
+    path, outcome = pretrain(settings, path, resume, world, Progress(speaks))
+    score = outcome.score
+    fields = {
+        "run": str(path),
+        "accuracy": score.accuracy,
+        "test_loss": score.loss,
+        "test_images": score.images,
+        "wall_seconds": outcome.wall_seconds,
+        "synthetic_data": settings.data.synthetic,
+    }
+    merged = "merged network" if settings.strategy == "loft" and world.size > 1 else "network"
+    text = f"test accuracy of the {merged}: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})\nrun: {path}"
+    job.show(format, fields, text)

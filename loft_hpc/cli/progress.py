@@ -1,0 +1,46 @@
+"""Progress of a training: a bar where somebody watches, else a line per epoch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from loft_hpc.comm.launch import output_is_terminal
+
+
+class Progress:
+    """Tells what the session reports, on rank 0."""
+
+    def __init__(self, speaks: bool):
+        self._speaks = speaks
+        self._bar: Any = None
+        self._done = 0
+
+    def started(self, total_steps: int, done_steps: int) -> None:
+        self._done = done_steps
+        if done_steps and self._speaks:
+            click.echo(f"going on at step {done_steps} of {total_steps}")
+        if self._speaks and output_is_terminal():
+            self._bar = click.progressbar(length=total_steps, label="training", item_show_func=lambda text: text, file=sys.stdout)
+            self._bar.update(done_steps)
+
+    def advanced(self, step: int, loss: float) -> None:
+        if self._bar:
+            self._bar.update(step - self._done, f"loss {loss:.3f}")
+        self._done = step
+
+    def epoch_ended(self, epoch: int, epochs: int, loss: float, score: Any, seconds: float) -> None:
+        if not self._speaks:
+            return
+        judged = f"   test accuracy {100 * score.accuracy:6.2f} %" if score else ""
+        line = f"epoch {epoch:>{len(str(epochs))}}/{epochs}   loss {loss:7.4f}{judged}   {seconds:6.1f} s"
+        if self._bar:
+            click.echo("\r\033[K", nl=False)  # the bar gives way to the line and is drawn again below it
+        click.echo(line)
+        if self._bar:
+            if epoch < epochs:
+                self._bar.render_progress()
+            else:
+                self._bar.render_finish()

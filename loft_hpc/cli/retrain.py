@@ -1,0 +1,78 @@
+"""`loft retrain`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loft_hpc.cli.context import Job, format_option
+from loft_hpc.cli.options import (
+    device_option,
+    evaluation_options,
+    fill,
+    optimisation_options,
+    option,
+    precision_option,
+    run_options,
+    typed,
+)
+from loft_hpc.cli.progress import Progress
+from loft_hpc.cli.settings import for_run
+from loft_hpc.data.registry import DataSettings
+from loft_hpc.jobs.retrain import RetrainSettings, retrain, ticket_data
+from loft_hpc.tickets.ticket import Ticket
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation
+
+
+@click.command("retrain")
+@click.argument("ticket", type=click.Path())
+@option(RetrainSettings, "rewind", "Weights to start from: none (as pruned), init (before pretraining) or epoch:K (a snapshot).", type=str)
+@click.option("--data-dir", type=click.Path(), help="Folder of the data set, where it is not the one that the run used.")
+@option(RetrainSettings, "epochs", "Walks through the training images.", type=int)
+@option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
+@optimisation_options
+@option(RetrainSettings, "seed", "Decides data order and augmentation.", type=int)
+@option(RetrainSettings, "snapshot_every", "Epochs between full snapshots (0: only the first and the last).", type=int)
+@evaluation_options
+@device_option
+@precision_option
+@run_options
+@format_option
+@click.pass_context
+def command(
+    context: click.Context, ticket: str, data_dir: str | None, run_path: str | None, resume: bool, format: str, **options: Any
+) -> None:
+    """Train TICKET, the physically smaller network, data-parallel over all ranks, on the data that it was found on.
+
+    Example: mpirun -np 4 loft retrain runs/RUN/tickets/magnitude-l2-0.8
+    """
+    job: Job = context.obj
+    # The options first: their mistakes are told without reading a file.
+    parts = {
+        "optimisation": fill(Optimisation, options),
+        "evaluation": fill(Evaluation, options),
+        "computation": fill(Computation, options),
+    }
+    fill(RetrainSettings, options, data=DataSettings(), **parts)
+    source = Ticket.read(Path(ticket))
+    data = ticket_data(source)
+    if data_dir:
+        data = fill(DataSettings, vars(data) | {"data_dir": data_dir})
+    given = fill(RetrainSettings, options, data=data, **parts)
+    path = Path(run_path) if run_path else None
+    settings = for_run(given, "retrain", typed(context), path, resume)
+    world = job.world
+    speaks = world.rank == 0 and format == "table"
+    if speaks:
+        click.echo(f"retraining {ticket} on {data.label} over {world.size} rank{'s' * (world.size > 1)}")
+    path, outcome = retrain(source, settings, path, resume, world, Progress(speaks))
+    score = outcome.score
+    fields = {
+        "run": str(path),
+        "ticket": ticket,
+        "accuracy": score.accuracy,
+        "test_loss": score.loss,
+        "test_images": score.images,
+        "wall_seconds": outcome.wall_seconds,
+    }
+    job.show(format, fields, f"test accuracy of the ticket: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})\nrun: {path}")

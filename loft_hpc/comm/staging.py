@@ -1,0 +1,38 @@
+"""Host copies of GPU buffers, for collectives that cannot take GPU memory."""
+
+import torch
+from torch import Tensor
+
+
+class Staging:
+    """Gives Horovod a tensor that it can carry.
+
+    CPU tensors pass through untouched, and so do GPU tensors if `direct` (Horovod with NCCL, one rank per GPU; NCCL refuses two
+    ranks on one GPU). Otherwise a GPU tensor is copied through pinned host memory, allocated once for each name.
+    """
+
+    def __init__(self, direct: bool):
+        self._direct = direct
+        self._buffers: dict[str, Tensor] = {}
+
+    def host_like(self, tensor: Tensor, name: str) -> Tensor:
+        """A buffer of the tensor's shape for Horovod to fill; the tensor itself where it can be filled in place."""
+        if self._direct or not tensor.is_cuda:
+            return tensor
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return buffer
+
+    def to_host(self, tensor: Tensor, name: str) -> Tensor:
+        """The tensor's contents where Horovod can read them."""
+        buffer = self.host_like(tensor, name)
+        if buffer is not tensor:
+            buffer.copy_(tensor)  # waits for the GPU, so the contents are there when Horovod's thread reads them
+        return buffer
+
+    def back(self, result: Tensor, tensor: Tensor) -> Tensor:
+        """Brings a collective's result home into `tensor`."""
+        if result.data_ptr() != tensor.data_ptr():
+            tensor.copy_(result)
+        return tensor

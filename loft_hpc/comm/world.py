@@ -1,0 +1,173 @@
+"""The ranks of a job and the collectives between them. The only importer of Horovod.
+
+mpi4py is imported and started first and lends its world communicator to Horovod, so both share one MPI at
+MPI_THREAD_MULTIPLE; the other order lets Horovod finalise MPI under mpi4py's feet (facts: environment.md).
+"""
+
+import os
+import pickle
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loft_hpc.comm import launch
+from loft_hpc.comm.ledger import Entry, Ledger, chain_broadcast, ring_allgather, ring_allreduce
+from loft_hpc.comm.staging import Staging
+from loft_hpc.errors import LoftError
+
+
+class World:
+    """All ranks of the job, as one of them sees them.
+
+    Collectives take contiguous tensors, return at once, and give a `wait` function; every rank must call them in the same
+    order. Each is entered in the ledger under its purpose. In a world of one rank they do nothing and cost nothing.
+    """
+
+    def __init__(self, mpi: Any, hvd: Any):
+        self.mpi = mpi
+        """mpi4py's world communicator."""
+        self._hvd = hvd
+        self.rank: int = mpi.Get_rank()
+        self.size: int = mpi.Get_size()
+        self.local_rank: int = hvd.local_rank()
+        self.local_size: int = hvd.local_size()
+        self.ledger = Ledger()
+        self._faults = mpi.Dup()
+        self._staging = Staging(direct=False)
+
+    def use_device(self, device: torch.device, direct: bool) -> None:
+        """Where tensors will lie, and whether Horovod takes GPU tensors as they are (NCCL, one rank per GPU)."""
+        self._staging = Staging(direct=direct)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    @property
+    def nccl(self) -> bool:
+        """Whether Horovod was built with NCCL."""
+        return bool(self._hvd.nccl_built())
+
+    # -- collectives on tensors -------------------------------------------------------------------------------------------
+
+    def all_reduce_(self, tensor: Tensor, purpose: str, average: bool = False) -> Callable[[], Tensor]:
+        """Sum (or mean) of `tensor` over the ranks, in place on every rank."""
+        if self.size == 1:
+            return lambda: tensor
+        sent, received = ring_allreduce(tensor.numel(), tensor.element_size(), self.rank, self.size)
+        size = tensor.numel() * tensor.element_size()
+        self._record("allreduce", purpose, Entry(1, size, size, sent, received))
+        host = self._staging.to_host(tensor, f"allreduce.{purpose}")
+        op = self._hvd.Average if average else self._hvd.Sum
+        handle = self._hvd.allreduce_async_(host, name=f"allreduce.{purpose}", op=op)
+        return lambda: self._staging.back(self._hvd.synchronize(handle), tensor)
+
+    def all_gather(self, tensor: Tensor, output: Tensor, counts: list[int], purpose: str) -> Callable[[], Tensor]:
+        """Every rank's (counts[rank],) `tensor`, one after the other, into `output` of (sum(counts),), allocated by the caller."""
+        if tensor.shape != (counts[self.rank],) or output.shape != (sum(counts),):
+            raise ValueError(f"all_gather of {tuple(tensor.shape)} into {tuple(output.shape)} does not fit counts {counts}")
+        if self.size == 1:
+            return lambda: output.copy_(tensor)
+        element = tensor.element_size()
+        sent, received = ring_allgather(counts, element, self.rank)
+        self._record("allgather", purpose, Entry(1, tensor.numel() * element, output.numel() * element, sent, received))
+        host = self._staging.to_host(tensor, f"allgather.{purpose}.in")
+        target = self._staging.host_like(output, f"allgather.{purpose}.out")
+        # Horovod's public allgather makes a new output tensor each time, and touching fresh memory costs more than the transfer
+        # (bin/bench exchange); its own helper takes the output, which Horovod then only resizes to the size that it has already.
+        from horovod.torch import mpi_ops
+
+        handle = mpi_ops._allgather_async(host, target, f"allgather.{purpose}", self._hvd.global_process_set)
+        return lambda: self._staging.back(self._hvd.synchronize(handle), output)
+
+    def broadcast_(self, tensor: Tensor, purpose: str, root: int = 0) -> Callable[[], Tensor]:
+        """Root's `tensor`, in place on every rank."""
+        if self.size == 1:
+            return lambda: tensor
+        size = tensor.numel() * tensor.element_size()
+        sent, received = chain_broadcast(tensor.numel(), tensor.element_size(), self.rank, self.size, root)
+        at_root = self.rank == root
+        self._record("broadcast", purpose, Entry(1, size if at_root else 0, 0 if at_root else size, sent, received))
+        host = self._staging.to_host(tensor, f"broadcast.{purpose}")
+        handle = self._hvd.broadcast_async_(host, root, name=f"broadcast.{purpose}")
+        return lambda: self._staging.back(self._hvd.synchronize(handle), tensor)
+
+    def _record(self, operation: str, purpose: str, entry: Entry) -> None:
+        if purpose in ("partitioned", "shared") and operation in ("allreduce", "allgather"):
+            entry.poster_bytes = entry.payload_sent_bytes
+        self.ledger.record(operation, purpose, entry)
+
+    # -- small objects, at start and end ----------------------------------------------------------------------------------
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank. For small things outside the training loop; counted as `control`."""
+        if self.size == 1:
+            return [value]
+        packed = pickle.dumps(value)
+        everybody = self.mpi.allgather(packed)
+        counts = [len(item) for item in everybody]
+        sent, received = ring_allgather(counts, 1, self.rank)
+        self.ledger.record("allgather", "control", Entry(1, len(packed), sum(counts), sent, received))
+        return [pickle.loads(item) for item in everybody]
+
+    def on_root(self, action: Callable[[], Any]) -> Any:
+        """Rank 0 does something that others wait for; all ranks get the result, or all raise the LoftError."""
+        result, problem = None, None
+        if self.rank == 0:
+            try:
+                result = action()
+            except LoftError as error:
+                problem = error
+        result, problem = self.mpi.bcast((result, problem)) if self.size > 1 else (result, problem)
+        if problem is not None:
+            raise problem
+        return result
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.mpi.Barrier()
+
+    # -- the end of a job that failed -------------------------------------------------------------------------------------
+
+    def failed_together(self, patience_seconds: float = 2.0) -> bool:
+        """Called by a rank that failed: whether every other rank failed too, as after a mistake that all of them see.
+
+        If not, the others are at work or wait in a collective for this rank, and only `abort` can end them.
+        """
+        everybody = self._faults.Ibarrier()
+        end = time.monotonic() + patience_seconds
+        while time.monotonic() < end:
+            if everybody.Test():
+                return True
+            time.sleep(0.01)
+        return False
+
+    def abort(self, code: int = 1) -> None:
+        """End the job on all ranks, now. A rank waiting in a raw MPI call would otherwise hang for ever."""
+        self.mpi.Abort(code)
+        os._exit(code)  # MPI implementations may return from Abort in a world of one
+
+
+def start() -> World:
+    """Start MPI and Horovod. Raises LoftError where they are missing or where MPI sees another world than the launcher made."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as problem:
+        raise LoftError(f"MPI does not load ({problem}): run bin/setup, or load the MPI module that it was set up with") from None
+    said = launch.announced()
+    size = MPI.COMM_WORLD.Get_size()
+    if said and said[1] != size:
+        raise LoftError(
+            f"the launcher announced {said[1]} ranks, but MPI sees a world of {size}: the launcher belongs to another MPI; "
+            "use the mpirun that `loft doctor` names, or srun --mpi=pmix",
+            usage=True,
+        )
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise LoftError("this MPI gives no MPI_THREAD_MULTIPLE, which Horovod beside mpi4py needs: load an MPI built with it")
+    try:
+        import horovod.torch as hvd
+    except ImportError as problem:
+        raise LoftError(f"Horovod does not load ({problem}): run bin/setup") from None
+    hvd.init(comm=MPI.COMM_WORLD)
+    return World(MPI.COMM_WORLD, hvd)

@@ -1,0 +1,53 @@
+"""Augmentation of whole batches: random crop with padding, and a flip where a mirrored image is still one of its class."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Turns stored images into network input.
+
+    Stored images of dtype uint8 become (x / 255 - mean) / std; float images are taken as they are.
+    """
+
+    padding: int
+    """Pixels of zeros around a training image, out of which a crop of the old size is drawn; 0 for no crop."""
+    flip: bool
+    """Whether a training image is mirrored left to right with probability 1/2."""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def test(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) normalised, nothing else."""
+        if images.dtype != torch.uint8:
+            return images
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        scale = (1 / (255 * torch.tensor(self.std, device=images.device))).view(1, -1, 1, 1)
+        return (images.float() - 255 * mean) * scale
+
+    def train(self, images: Tensor, draw: torch.Generator) -> Tensor:
+        """(N, C, H, W) normalised, with a crop and a flip of its own for each image, drawn from `draw`."""
+        images = self.test(images)
+        count, _, height, width = images.shape
+        if self.padding:
+            offsets = torch.randint(2 * self.padding + 1, (2, count, 1), generator=draw).to(images.device)
+            padded = F.pad(images, (self.padding,) * 4)
+            rows = offsets[0] + torch.arange(height, device=images.device)
+            columns = offsets[1] + torch.arange(width, device=images.device)
+        else:
+            padded = images
+            rows = torch.arange(height, device=images.device).expand(count, height)
+            columns = torch.arange(width, device=images.device).expand(count, width)
+        if self.flip:
+            mirrored = (torch.rand(count, 1, generator=draw) < 0.5).to(images.device)
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        elif not self.padding:
+            return images
+        # One gather in the channels-last view (N, H, W, C), whose result is channels-last again.
+        which = torch.arange(count, device=images.device).view(count, 1, 1)
+        pixels = padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]]
+        return pixels.permute(0, 3, 1, 2)

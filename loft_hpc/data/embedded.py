@@ -1,0 +1,111 @@
+"""The data sets that need no download: real images that travel inside scikit-learn's and scikit-image's packages."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from loft_hpc import seeds
+from loft_hpc.data.augment import Augmentation
+from loft_hpc.data.dataset import Batch, DataInfo, TensorDataSet, fingerprint
+from loft_hpc.errors import LoftError
+
+DIGITS_TEST_IMAGES = 360
+
+TEXTURE_IMAGES = (
+    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png", "coins.png",
+    "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "page.png",
+    "retina.jpg", "rocket.jpg", "text.png",
+)  # fmt: skip
+TEXTURE_TRAIN_PATCHES = 200
+TEXTURE_TEST_PATCHES = 50
+
+
+def digits(device: torch.device) -> TensorDataSet:
+    """scikit-learn's 1,797 handwritten digits (UCI, Alpaydin and Kaynak 1998), (1, 8, 8), 10 classes: 1,437 train, 360 test.
+
+    The split is a fixed permutation. Pixels of 0 to 16 are scaled to mean 0 and standard deviation 1 over the whole set.
+    """
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    order = np.random.RandomState(0).permutation(len(source.images))
+    images = torch.from_numpy(source.images[order]).float().unsqueeze(1)
+    images = (images - 4.884) / 6.017
+    labels = torch.from_numpy(source.target[order]).long()
+    train = images[:-DIGITS_TEST_IMAGES], labels[:-DIGITS_TEST_IMAGES]
+    test = images[-DIGITS_TEST_IMAGES:], labels[-DIGITS_TEST_IMAGES:]
+    # Handwriting mirrored is no digit, so no flip; one pixel of an 8x8 image is a shift as large as 4 of 32.
+    return _in_memory("digits", 10, train, test, Augmentation(padding=1, flip=False), device)
+
+
+def textures(device: torch.device, size: int = 32) -> TensorDataSet:
+    """Patches of the natural images inside scikit-image's package, one class for each image: (1, size, size), 18 classes.
+
+    Training patches are cut from the left halves, test patches from the right halves, at places drawn by a fixed seed; each is
+    grey and normalised by itself. 200 training and 50 test patches a class.
+    """
+    import skimage.data
+
+    folder = Path(skimage.data.__file__).parent
+    parts: dict[str, list[Tensor]] = {"train": [], "test": []}
+    for number, file in enumerate(TEXTURE_IMAGES):
+        try:
+            grey = np.asarray(Image.open(folder / file).convert("L"), dtype=np.float32)
+        except OSError as problem:
+            raise LoftError(f"scikit-image's {file} cannot be read ({problem}): reinstall scikit-image") from None
+        middle = grey.shape[1] // 2
+        if size > min(grey.shape[0], middle):
+            raise LoftError(
+                f"textures have no patches of {size}x{size} pixels: half of {file} is {grey.shape[0]}x{middle}; lower --image-size"
+            )
+        draw = np.random.RandomState(seeds.derive(size, "textures", number) % 2**32)
+        parts["train"].append(_patches(grey[:, :middle], size, TEXTURE_TRAIN_PATCHES, draw))
+        parts["test"].append(_patches(grey[:, middle:], size, TEXTURE_TEST_PATCHES, draw))
+    train, test = ((torch.cat(patches), torch.arange(len(patches)).repeat_interleave(len(patches[0]))) for patches in parts.values())
+    return _in_memory("textures", len(TEXTURE_IMAGES), train, test, Augmentation(padding=size // 8, flip=True), device)
+
+
+def _patches(image: np.ndarray, size: int, count: int, draw: np.random.RandomState) -> Tensor:
+    """(count, 1, size, size) patches at random places of a grey image, each with mean 0 and standard deviation 1.
+
+    Patches without any contrast (the black rim of a fundus photograph, an empty margin) say nothing and are drawn again.
+    """
+    found = []
+    while len(found) < count:
+        top, left = draw.randint(image.shape[0] - size + 1), draw.randint(image.shape[1] - size + 1)
+        patch = image[top : top + size, left : left + size]
+        if patch.std() >= 2:
+            found.append((patch - patch.mean()) / patch.std())
+    return torch.from_numpy(np.stack(found)).unsqueeze(1)
+
+
+def synthetic(device: torch.device, size: int = 32) -> TensorDataSet:
+    """Random images with random labels, (3, size, size), 10 classes, 2,000 train and 500 test: for benchmarks only."""
+    draw = seeds.generator(0, "synthetic", size)
+    images = torch.randn(2500, 3, size, size, generator=draw)
+    labels = torch.randint(10, (2500,), generator=draw)
+    return _in_memory(
+        "synthetic", 10, (images[:2000], labels[:2000]), (images[2000:], labels[2000:]),
+        Augmentation(padding=size // 8, flip=True), device, synthetic=True,
+    )  # fmt: skip
+
+
+def _in_memory(
+    name: str, classes: int, train: Batch, test: Batch, augmentation: Augmentation, device: torch.device, synthetic: bool = False
+) -> TensorDataSet:
+    size = train[0].shape[-1]
+    info = DataInfo(
+        name=name,
+        num_classes=classes,
+        channels=train[0].shape[1],
+        image_size=size,
+        stem="imagenet" if size > 64 else "cifar",
+        train_images=len(train[0]),
+        test_images=len(test[0]),
+        fingerprint=fingerprint(*train, *test),
+        synthetic=synthetic,
+    )
+    return TensorDataSet(info, train, test, augmentation, device)

@@ -1,0 +1,66 @@
+"""Data sets by name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loft_hpc.comm.world import World
+from loft_hpc.data import embedded
+from loft_hpc.data.dataset import DataSet
+from loft_hpc.errors import LoftError
+
+DATASET_NAMES = ("digits", "textures", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic")
+CIFAR = ("cifar10", "cifar100")
+FIXED_SIZE = ("digits", *CIFAR)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which data, and where they lie."""
+
+    dataset: str = "digits"
+    data_dir: str = "data"
+    """Folder that holds the files of cifar10, cifar100, imagenet and imagefolder."""
+    image_size: int | None = None
+    """Height and width in pixels; None for the data set's own. digits and CIFAR have a fixed one."""
+    download: bool = False
+    loader_workers: int = 2
+    """Processes per rank that decode image files (imagenet, imagefolder)."""
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the images are random: an accuracy on them means nothing."""
+        return self.dataset == "synthetic"
+
+    @property
+    def label(self) -> str:
+        """The name as results print it."""
+        return "synthetic (random images, no real data)" if self.synthetic else self.dataset
+
+    def __post_init__(self):
+        if self.dataset not in DATASET_NAMES:
+            raise LoftError(f"unknown data set '{self.dataset}': choose one of {', '.join(DATASET_NAMES)}")
+        if self.image_size is not None and self.dataset in FIXED_SIZE:
+            raise LoftError(f"{self.dataset} images have one size: leave --image-size away", usage=True)
+        if self.download and self.dataset not in CIFAR:
+            raise LoftError(f"--download serves cifar10 and cifar100; {self.dataset} is not fetched", usage=True)
+
+
+def open_data(settings: DataSettings, device: torch.device, world: World) -> DataSet:
+    """The data set, its images on `device`. Raises LoftError where files are missing or corrupt, naming the folder looked at."""
+    folder = Path(settings.data_dir)
+    if settings.dataset == "digits":
+        return embedded.digits(device)
+    if settings.dataset == "textures":
+        return embedded.textures(device, settings.image_size or 32)
+    if settings.dataset == "synthetic":
+        return embedded.synthetic(device, settings.image_size or 32)
+    # torchvision takes longer to import than digits take to train on for an epoch
+    if settings.dataset in CIFAR:
+        from loft_hpc.data.cifar import cifar
+
+        return cifar(settings.dataset, folder, settings.download, device, world)
+    from loft_hpc.data.folders import FolderDataSet
+
+    return FolderDataSet(settings.dataset, folder, settings.image_size or 224, settings.loader_workers, device)

@@ -1,0 +1,134 @@
+"""LoFT: rounds of local training on sub-networks, an exchange, and a fresh deal (AISTATS 2023, arXiv 2210.16169)."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loft_hpc.comm.world import World
+from loft_hpc.data.dataset import DataSet
+from loft_hpc.data.order import Order
+from loft_hpc.errors import LoftError
+from loft_hpc.filterwise.exchange import AllGatherExchange, full_layout
+from loft_hpc.filterwise.partition import check_workers, deal
+from loft_hpc.filterwise.subnetwork import SubNetwork
+from loft_hpc.models.architecture import Architecture
+from loft_hpc.models.groups import PARTITION_RULES, State, filter_groups, partitioned_groups
+from loft_hpc.runs.run import Checkpoint
+from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.strategy import Advance, Strategy
+from loft_hpc.training.trainer import Trainer
+
+MOMENTUM_RULES = ("reset", "carry")
+
+
+@dataclass(frozen=True)
+class LoftSettings:
+    """What LoFT adds to ordinary training."""
+
+    local_iterations: int = 8
+    """SGD steps of a worker between two exchanges (the release uses 15 on ImageNet)."""
+    partition: str = "paper"
+    """Which blocks are dealt: `paper` (all but stage 1 and strided blocks) or `all-blocks`."""
+    momentum_across_rounds: str = "reset"
+    """`reset`: momentum starts at 0 every round, as in the release. `carry`: it travels with its parameters."""
+    shard_data: bool = False
+    """Give the ranks disjoint shards of every epoch, in place of the whole data in an order of their own."""
+
+    def __post_init__(self):
+        if self.local_iterations < 1:
+            raise LoftError(f"--local-iterations {self.local_iterations} must be at least 1", usage=True)
+        if self.partition not in PARTITION_RULES:
+            raise LoftError(f"unknown partition rule '{self.partition}': choose one of {', '.join(PARTITION_RULES)}", usage=True)
+        if self.momentum_across_rounds not in MOMENTUM_RULES:
+            raise LoftError(f"--momentum-across-rounds is one of {', '.join(MOMENTUM_RULES)}", usage=True)
+
+
+class Loft(Strategy):
+    """One rank's side of LoFT; `advance` is a round. In a world of one rank it is ordinary training of the full network."""
+
+    def __init__(
+        self, architecture: Architecture, initial: State, settings: LoftSettings, optimisation: Optimisation, data: DataSet,
+        order: Order, total_steps: int, seed: int, precision: str, device: torch.device, world: World,
+    ):  # fmt: skip
+        self.total_steps = total_steps
+        self.steps_per_epoch = order.steps_per_epoch
+        self.batch_images = order.batch_size
+        self._settings, self._seed, self._order, self._data, self._world = settings, seed, order, data, world
+        self.groups = partitioned_groups(filter_groups(architecture), settings.partition)
+        check_workers(self.groups, world.size)
+        self._names = list(initial)
+        self._step, self._round = 0, 0
+        # One rank alone keeps its momentum, whatever the rule: that is plain training.
+        self._carry = settings.momentum_across_rounds == "carry" or world.size == 1
+        self._sub = SubNetwork(architecture, self.groups, world.rank, world.size, device, momentum_travels=self._carry)
+        self._trainer = Trainer(self._sub.network, (self._sub.shared, self._sub.partitioned), optimisation, total_steps, precision)
+        self._exchange = AllGatherExchange(self._sub, full_layout(initial, self.groups, self._sub), self.groups, world)
+        self._deal = deal(self.groups, world.size, seed, 0)
+        # The full state that was dealt from, until the first exchange has made the gathered one.
+        self._dealt_from: State | None = self._broadcast(initial)
+        self._sub.load(self._dealt_from, self._deal[world.rank])
+
+    def _broadcast(self, initial: State) -> State:
+        """Rank 0's initial state on every rank: two flat buffers, as in every round."""
+        partitioned = full_layout(initial, self.groups, self._sub)
+        shared = self._sub.shared.layout
+        state: dict[str, Tensor] = {}
+        for layout, purpose in ((partitioned, "partitioned"), (shared, "shared")):
+            flat = torch.empty(layout.numel, device=self._sub.shared.values.device)
+            views = layout.views(flat)
+            for name, view in views.items():
+                view.copy_(initial[name])
+            self._world.broadcast_(flat, purpose)()
+            state |= views
+        return {name: state[name] for name in self._names}
+
+    def advance(self) -> Advance:
+        """A round: local steps on this rank's sub-network, the exchange, and the next deal."""
+        if not self._carry:
+            self._trainer.reset_momentum()
+        steps = min(self._settings.local_iterations, self.total_steps - self._step)
+        self._exchange.begin_round()
+        losses = self._trainer.steps(self._data.train_batches(self._order, self._step, steps), self._step)
+        mean_loss = float(losses) / steps
+        start = time.perf_counter()
+        self._exchange.run()
+        self._dealt_from = None
+        self._step += steps
+        self._round += 1
+        self._next_deal()
+        return Advance(self._step, mean_loss, time.perf_counter() - start, self._round)
+
+    def _next_deal(self) -> None:
+        self._gathered_deal = self._deal
+        self._deal = deal(self.groups, self._world.size, self._seed, self._round)
+        self._exchange.redeal(self._gathered_deal, self._deal)
+
+    def full_state(self) -> dict[str, Tensor]:
+        if self._dealt_from is not None:
+            return {name: tensor.detach().clone() for name, tensor in self._dealt_from.items()}
+        merged = self._exchange.merge(self._gathered_deal)
+        return {name: merged[name] for name in self._names}
+
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
+        tensors = {f"parameters/{name}": tensor for name, tensor in self.full_state().items()}
+        if self._carry:
+            momentum = self._exchange.merge(self._gathered_deal, momentum=True)
+            tensors |= {f"momentum/{name}": tensor for name, tensor in momentum.items()}
+        return tensors, {"round": self._round}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        state, momentum = {}, {}
+        for key, tensor in checkpoint.tensors.items():
+            kind, name = key.split("/", 1)
+            (state if kind == "parameters" else momentum)[name] = tensor
+        expected = self.full_state()
+        if state.keys() != expected.keys() or any(state[name].shape != expected[name].shape for name in expected):
+            raise LoftError("the checkpoint belongs to another network: resume with the options that the run was started with")
+        self._step, self._round = checkpoint.step, int(checkpoint.progress["round"])
+        self._deal = deal(self.groups, self._world.size, self._seed, self._round)
+        self._dealt_from = {name: state[name] for name in self._names}
+        self._sub.load(state, self._deal[self._world.rank])
+        if momentum:
+            self._sub.load_momentum(momentum, self._deal[self._world.rank])

@@ -1,0 +1,114 @@
+"""`loft doctor`: what is installed, what is missing, and what mends it."""
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from loft_hpc.comm import installed
+
+_DATA_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    state: str
+    """`ok`, `note` (works, but worth knowing) or `missing`."""
+    found: str
+    mend: str = ""
+    """What to do about it; empty where nothing needs doing."""
+
+
+def examine(data_dir: Path) -> list[Finding]:
+    """Everything that training needs, and the data sets that can be read."""
+    horovod = installed.horovod()
+    return [*_torch(), _torchvision(), *_mpi(), _horovod(horovod), *_gpus(horovod), *_data(data_dir)]
+
+
+def _torch() -> list[Finding]:
+    try:
+        import torch
+    except ImportError as problem:
+        return [Finding("torch", "missing", str(problem), "bin/setup")]
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs"
+    cores = len(os.sched_getaffinity(0))
+    return [Finding("torch", "ok", f"{torch.__version__}, {built}; this process may use {cores} cores")]
+
+
+def _torchvision() -> Finding:
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as problem:  # a torchvision of another release raises RuntimeError
+        return Finding("torchvision", "missing", str(problem).splitlines()[0], "bin/setup")
+    return Finding("torchvision", "ok", torchvision.__version__)
+
+
+def _mpi() -> list[Finding]:
+    mpi, launcher = installed.mpi(), installed.launcher()
+    findings = []
+    if mpi.facts is None:
+        findings.append(Finding("MPI", "missing", mpi.problem, "bin/setup, or load the MPI module that it was set up with"))
+    elif not mpi.facts["thread_multiple"]:
+        findings.append(Finding("MPI", "missing", f"{mpi.facts['library']} without MPI_THREAD_MULTIPLE", "load an MPI built with it"))
+    else:
+        findings.append(Finding("MPI", "ok", f"{mpi.facts['library']} through mpi4py {mpi.facts['mpi4py']}"))
+    if launcher is None:
+        findings.append(Finding("mpirun", "missing", "not on the PATH", "source .venv/bin/activate, or load the MPI module"))
+    else:
+        findings.append(Finding("mpirun", "ok", f"{launcher[1]}, {launcher[0]}"))
+    return findings
+
+
+def _horovod(horovod: installed.Probe) -> Finding:
+    if horovod.facts is None:
+        return Finding("Horovod", "missing", horovod.problem, "bin/setup")
+    parts = [name.upper() for name in ("mpi", "gloo", "nccl", "cuda") if horovod.facts[name]]
+    found = f"{horovod.facts['version']}, built with {', '.join(parts)}"
+    if not horovod.facts["mpi"]:
+        return Finding("Horovod", "missing", f"{found}, not MPI", "bin/setup")
+    return Finding("Horovod", "ok", found)
+
+
+def _gpus(horovod: installed.Probe) -> list[Finding]:
+    try:
+        import torch
+    except ImportError:
+        return []
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    nccl = bool(horovod.facts and horovod.facts["nccl"])
+    if not count:
+        unused = "Horovod was built with it" if nccl else "not built into Horovod"
+        return [
+            Finding("GPUs", "note", "none that torch sees: training runs on the CPU"),
+            Finding("NCCL", "note", f"{unused}; not needed without GPUs"),
+        ]
+    names = ", ".join(sorted({torch.cuda.get_device_name(number) for number in range(count)}))
+    gpus = Finding("GPUs", "ok", f"{count} ({names})")
+    if nccl:
+        return [
+            gpus,
+            Finding("NCCL", "ok", f"up to {count} ranks here exchange on the GPUs; more ranks share them, through pinned host memory"),
+        ]
+    return [gpus, Finding("NCCL", "note", "not built into Horovod: exchanges go through pinned host memory", "bin/setup --gpu")]
+
+
+def _data(folder: Path) -> list[Finding]:
+    findings = []
+    for name, package in (("digits", "scikit-learn"), ("textures", "scikit-image")):
+        try:
+            findings.append(Finding(name, "ok", f"inside {package} {version(package)}"))
+        except PackageNotFoundError:
+            findings.append(Finding(name, "missing", f"{package} is not installed", "bin/setup"))
+    for name, inside in _DATA_FOLDERS.items():
+        if (folder / inside).is_dir():
+            findings.append(Finding(name, "ok", str(folder / inside)))
+        else:
+            findings.append(Finding(name, "note", f"not in {folder}", f"loft pretrain --dataset {name} --download, or --data-dir"))
+    if (folder / "train").is_dir() and (folder / "val").is_dir():
+        findings.append(Finding("image folder", "ok", f"{folder}/train and {folder}/val"))
+    else:
+        findings.append(Finding("image folder", "note", f"no train/ and val/ in {folder}", "for imagenet and imagefolder: --data-dir"))
+    return findings

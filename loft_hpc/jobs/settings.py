@@ -1,0 +1,39 @@
+"""Turning settings into JSON and back: run.json must say everything that a run was made with."""
+
+import dataclasses
+from typing import Any, TypeVar, get_type_hints
+
+from loft_hpc.errors import LoftError
+
+Settings = TypeVar("Settings")
+
+
+def to_json(settings: Any) -> dict:
+    """All fields of a (nested) dataclass."""
+    return dataclasses.asdict(settings)
+
+
+def from_json(kind: type[Settings], fields: dict) -> Settings:
+    """The inverse of `to_json`, validated anew. Raises LoftError where fields are missing or of another shape."""
+    try:
+        hints = get_type_hints(kind)
+        values = {}
+        for field in dataclasses.fields(kind):
+            value = fields[field.name]
+            if dataclasses.is_dataclass(hints[field.name]):
+                value = from_json(hints[field.name], value)
+            elif isinstance(value, list):
+                value = tuple(value)
+            values[field.name] = value
+        return kind(**values)
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise LoftError(f"not the settings of this program ({type(problem).__name__}: {problem}): restore the file or start anew") from None
+
+
+def flatten(settings: Any) -> dict[str, Any]:
+    """Leaf fields by name, whichever nested dataclass they belong to; the command line's options carry the same names."""
+    leaves = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        leaves |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return leaves

@@ -1,0 +1,247 @@
+"""A run on disk: the one place that knows its files' names (docs/file-formats.md), and their only writer."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import loft_hpc
+from loft_hpc.comm.ledger import Ledger
+from loft_hpc.errors import LoftError
+from loft_hpc.models.architecture import Architecture
+from loft_hpc.runs.files import publish_folder, read_json, read_tensors, write_json, write_tensors
+
+KEPT_CHECKPOINTS = 2
+_PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
+
+
+def default_path(model: str, dataset: str, strategy: str, workers: int) -> Path:
+    """runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, with a number behind it where two runs start in one second."""
+    path = Path("runs") / f"{model}-{dataset}-{strategy}+{workers}-{datetime.now():%Y%m%d-%H%M%S}"
+    taken, base = 1, path
+    while path.exists():
+        taken += 1
+        path = base.with_name(f"{base.name}-{taken}")
+    return path
+
+
+class Run:
+    """A run's folder. Reading is for every rank, writing for rank 0 (the callers see to that)."""
+
+    def __init__(self, path: Path, description: dict):
+        self.path = path
+        self.description = description
+
+    # -- making and opening -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: Path, kind: str, configuration: Mapping[str, Any], details: Mapping[str, Any]) -> "Run":
+        """A new run's folder with its run.json. Raises LoftError if the folder holds anything already."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise LoftError(f"{path} exists already and is never overwritten: name another --run, or go on with it by --resume")
+        description = {
+            "kind": kind,
+            "command": sys.argv,
+            "configuration": dict(configuration),
+            **details,
+            "versions": {"loft-hpc": loft_hpc.__version__, "python": platform.python_version(), **_versions()},
+            "host": platform.node(),
+            "started": _now(),
+            "ended": None,
+            "status": "running",
+        }
+        write_json(path / "run.json", description)
+        return cls(path, description)
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """An existing run. Raises LoftError where `path` is none."""
+        if not (path / "run.json").is_file():
+            hint = (
+                "it holds a ticket, not a run"
+                if (path / "ticket.json").is_file()
+                else "no run.json in it"
+                if path.is_dir()
+                else "no such folder"
+            )
+            raise LoftError(f"{path} is no run ({hint}): give the folder that `loft pretrain` printed")
+        description = read_json(path / "run.json")
+        if not isinstance(description.get("configuration"), dict) or "architecture" not in description:
+            raise LoftError(f"{path / 'run.json'} describes no run: restore it or make the run anew")
+        return cls(path, description)
+
+    @classmethod
+    def create_or_resume(cls, path: Path, going_on: bool, kind: str, configuration: Mapping[str, Any], details: Mapping[str, Any]) -> "Run":
+        """The run to write to: a new one, or an interrupted one marked as going on."""
+        if not going_on:
+            return cls.create(path, kind, configuration, details)
+        run = cls.open(path)
+        run._update(status="running", ended=None, resumed=[*run.description.get("resumed", []), _now()])
+        return run
+
+    def finish(self, status: str, results: Mapping[str, Any] | None = None) -> None:
+        """Record how the run ended: `done` or `failed`. Success is said here, not by mpirun's exit code alone."""
+        self._update(status=status, ended=_now(), results=dict(results or {}))
+
+    @contextmanager
+    def failures_recorded(self) -> Iterator[None]:
+        """Write the status `failed` and the reason into run.json if what happens inside fails."""
+        try:
+            yield
+        except Exception as problem:
+            self._update(status="failed", ended=_now(), failure=(str(problem).splitlines() or [type(problem).__name__])[0])
+            raise
+
+    def _update(self, **fields: Any) -> None:
+        self.description.update(fields)
+        write_json(self.path / "run.json", self.description)
+
+    # -- what a run says about itself -------------------------------------------------------------------------------------
+
+    @property
+    def configuration(self) -> dict:
+        return self.description["configuration"]
+
+    @property
+    def architecture(self) -> Architecture:
+        return Architecture.from_json(self.description["architecture"])
+
+    @property
+    def hidden_widths(self) -> dict[str, int] | None:
+        """Hidden widths of a run that retrained a ticket; None for the full network."""
+        return self.description.get("hidden_widths")
+
+    # -- tensors ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / "model.safetensors"
+
+    def write_model(self, state: Mapping[str, Tensor]) -> None:
+        write_tensors(self.model_path, state)
+
+    def read_model(self) -> dict[str, Tensor]:
+        """The final network. Raises LoftError for a run that has not come to its end."""
+        if not self.model_path.exists():
+            raise LoftError(f"{self.path} has no final model (status: {self.description.get('status')}): finish it with --resume first")
+        return read_tensors(self.model_path)
+
+    def snapshot_path(self, epoch: int) -> Path:
+        return self.path / "snapshots" / f"epoch-{epoch:03d}.safetensors"
+
+    def write_snapshot(self, epoch: int, state: Mapping[str, Tensor]) -> None:
+        write_tensors(self.snapshot_path(epoch), state)
+
+    def read_snapshot(self, epoch: int) -> dict[str, Tensor]:
+        if not self.snapshot_path(epoch).exists():
+            there = ", ".join(str(number) for number in self.snapshot_epochs()) or "none"
+            raise LoftError(f"{self.path} has no snapshot of epoch {epoch}: there are {there}")
+        return read_tensors(self.snapshot_path(epoch))
+
+    def snapshot_epochs(self) -> list[int]:
+        return sorted(int(file.stem.removeprefix("epoch-")) for file in (self.path / "snapshots").glob("epoch-*.safetensors"))
+
+    # -- logs -------------------------------------------------------------------------------------------------------------
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"event": event, **fields}) + "\n")
+
+    def write_ledger(self, ledgers: list[Ledger]) -> None:
+        """ledger.json: the ranks' ledgers and their sum."""
+        total = Ledger()
+        for ledger in ledgers:
+            total.add(ledger)
+        write_json(
+            self.path / "ledger.json", {"unit": "bytes", "total": total.to_json(), "ranks": [ledger.to_json() for ledger in ledgers]}
+        )
+
+    def read_ledgers(self) -> list[Ledger]:
+        """The ranks' ledgers, by rank. Raises LoftError where ledger.json is missing or no ledger."""
+        try:
+            return [Ledger.from_json(fields) for fields in read_json(self.path / "ledger.json")["ranks"]]
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise LoftError(f"{self.path / 'ledger.json'} is no ledger: restore it or make the run anew") from None
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------------
+
+    def write_checkpoint(self, checkpoint: "Checkpoint") -> None:
+        """checkpoints/NNNNNN, complete or not there at all; older ones than the last few are removed."""
+        folder = self.path / "checkpoints"
+        temporary = folder / f".{checkpoint.step:06d}.{os.getpid()}"
+        write_tensors(temporary / "state.safetensors", checkpoint.tensors)
+        progress = {"step": checkpoint.step, "ledgers": [ledger.to_json() for ledger in checkpoint.ledgers], **checkpoint.progress}
+        write_json(temporary / "progress.json", progress)
+        final = folder / f"{checkpoint.step:06d}"
+        if final.exists():
+            shutil.rmtree(final)
+        publish_folder(temporary, final)
+        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def read_checkpoint(self) -> "Checkpoint":
+        """The newest checkpoint that is whole. Raises LoftError where there is none."""
+        problem = f"{self.path} has no checkpoint"
+        for folder in reversed(self._checkpoints()):
+            try:
+                progress = read_json(folder / "progress.json")
+                ledgers = [Ledger.from_json(fields) for fields in progress.pop("ledgers")]
+                return Checkpoint(int(progress.pop("step")), read_tensors(folder / "state.safetensors"), ledgers, progress)
+            except LoftError as error:
+                problem = str(error)
+            except (KeyError, TypeError, AttributeError, ValueError):
+                problem = f"{folder / 'progress.json'} is incomplete"
+        raise LoftError(f"nothing to resume from: {problem}")
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(folder for folder in (self.path / "checkpoints").glob("[0-9]*") if folder.is_dir())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that decides the rest of a run. (Data order and deals are functions of seed, rank and step.)"""
+
+    step: int
+    """Local steps done."""
+    tensors: dict[str, Tensor]
+    ledgers: list[Ledger]
+    """By rank."""
+    progress: dict
+    """Counters of the strategy, for instance the round."""
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+class Stopwatch:
+    """Wall time since it was made, in seconds."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start

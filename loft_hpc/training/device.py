@@ -1,0 +1,53 @@
+"""Which device and how many threads a rank computes with."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from loft_hpc.comm.launch import threads_chosen_by_user
+from loft_hpc.comm.world import World
+from loft_hpc.errors import LoftError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What `place` decided, as it stands in run.json."""
+
+    device: str
+    threads: int
+    gpus: int
+    staged: bool
+    """Whether exchange buffers go through pinned host memory."""
+
+
+def place(wanted: str, precision: str, world: World) -> tuple[torch.device, Placement]:
+    """Choose this rank's device and its number of threads, and tell `world` about both.
+
+    GPUs go round by local rank. Exchange buffers stay on the GPU only where Horovod has NCCL and no two ranks share one.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise LoftError("--device cuda: torch sees no GPU here; check nvidia-smi and `loft doctor`, or use --device cpu")
+    gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if precision == "bfloat16" and not gpus:
+        raise LoftError("--precision bfloat16 is for GPUs: leave it away on a CPU")
+    device = torch.device("cuda", world.local_rank % gpus) if gpus else torch.device("cpu")
+    direct = bool(gpus) and world.nccl and world.local_size <= gpus
+    world.use_device(device, direct)
+    threads = _share_of_cores(world)
+    torch.set_num_threads(threads)
+    return device, Placement(str(device), threads, gpus, bool(gpus) and not direct)
+
+
+def _share_of_cores(world: World) -> int:
+    """Threads for this rank: the cores that it may run on, each divided by the ranks of this machine that may run there too.
+
+    Serves bound ranks (each with cores of its own) and unbound ones (all sharing the machine) alike.
+    """
+    chosen = threads_chosen_by_user()
+    if chosen:
+        return chosen
+    host, mine = os.uname().nodename, os.sched_getaffinity(0)
+    claims = Counter(core for name, cores in world.gather_objects((host, mine)) if name == host for core in cores)
+    return max(1, int(sum(1 / claims[core] for core in mine) + 1e-6))

@@ -1,0 +1,75 @@
+"""How a network is trained: frozen, validated where they are made, printed resolved into run.json."""
+
+import math
+from dataclasses import dataclass
+
+from loft_hpc.errors import LoftError
+
+SCHEDULES = ("cosine", "step", "constant")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """SGD with momentum and a learning rate that is a function of the step."""
+
+    lr: float = 0.05
+    """Learning rate at the start."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    """`cosine` to zero over the whole training, `step` (times `decay` at each milestone), or `constant`."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Fractions of the training at which `step` lowers the learning rate."""
+    decay: float = 0.1
+
+    def __post_init__(self):
+        for name in ("lr", "momentum", "weight_decay", "decay"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise LoftError(f"--{name.replace('_', '-')} {value} must be a finite number from 0 on", usage=True)
+        if self.momentum >= 1:
+            raise LoftError(f"--momentum {self.momentum} must lie below 1", usage=True)
+        if self.schedule not in SCHEDULES:
+            raise LoftError(f"unknown schedule '{self.schedule}': choose one of {', '.join(SCHEDULES)}", usage=True)
+        if any(not 0 < fraction < 1 for fraction in self.milestones):
+            raise LoftError("milestones are fractions of the training, between 0 and 1", usage=True)
+
+    def lr_at(self, step: int, total_steps: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+        if self.schedule == "step":
+            return self.lr * self.decay ** sum(step >= fraction * total_steps for fraction in self.milestones)
+        return self.lr
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Where and how the arithmetic is done."""
+
+    device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu` or `cuda`."""
+    precision: str = "float32"
+    """`bfloat16` runs convolutions under autocast, on GPUs only; parameters stay float32."""
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise LoftError(f"unknown precision '{self.precision}': choose one of {', '.join(PRECISIONS)}", usage=True)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a network is judged."""
+
+    evaluate_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    evaluation_batch: int = 250
+    statistics_batches: int = 16
+    """Training batches (not augmented, the same in every run) over which normalisation statistics are re-estimated first."""
+    statistics_batch: int = 64
+
+    def __post_init__(self):
+        for name in ("evaluate_every", "evaluation_batch", "statistics_batches", "statistics_batch"):
+            if getattr(self, name) < 1:
+                raise LoftError(f"--{name.replace('_', '-')} must be at least 1", usage=True)

@@ -1,0 +1,83 @@
+"""Local SGD steps on one network, whichever it is: a full network, a sub-network, a ticket."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loft_hpc.data.dataset import Batch
+from loft_hpc.training.buffers import ParameterBuffer
+from loft_hpc.training.settings import Optimisation
+
+
+def named_subset(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The network's parameters whose names are in `names`, in the network's order."""
+    wanted = set(names)
+    return {name: parameter for name, parameter in network.named_parameters() if name in wanted}
+
+
+def stop_statistics(network: nn.Module) -> None:
+    """Let normalisations use batch statistics in training and record none.
+
+    Those that a sub-network sees are not those of the merged network, so they are never kept: before every evaluation
+    `evaluation.reestimate_statistics` computes them for the network that is evaluated.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+
+
+class Trainer:
+    """A network, its parameters in flat buffers, and torch's SGD over those buffers."""
+
+    def __init__(
+        self, network: nn.Module, buffers: Sequence[ParameterBuffer], optimisation: Optimisation, total_steps: int, precision: str
+    ):
+        self.network = network
+        self._buffers = [buffer for buffer in buffers if buffer.layout.numel]
+        self._optimisation = optimisation
+        self._total_steps = total_steps
+        self._autocast = precision == "bfloat16"
+        self._sgd = torch.optim.SGD(
+            [buffer.flat for buffer in self._buffers],
+            lr=optimisation.lr,
+            momentum=optimisation.momentum,
+            weight_decay=optimisation.weight_decay,
+        )
+        for buffer in self._buffers:
+            self._sgd.state[buffer.flat]["momentum_buffer"] = buffer.momentum
+        stop_statistics(network)
+        network.train()
+
+    def reset_momentum(self) -> None:
+        for buffer in self._buffers:
+            buffer.momentum.zero_()
+
+    def steps(
+        self,
+        batches: Iterable[Batch],
+        first_step: int,
+        global_batch: int | None = None,
+        combine_gradients: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """One SGD step on each batch, `first_step` being the first one's number; returns the sum of the steps' losses (a scalar).
+
+        With `global_batch`, a batch is this rank's part of one of that size: its loss is divided by the whole batch's size, and
+        `combine_gradients` sums the gradients over the ranks before each step.
+        """
+        total = torch.zeros((), device=self._buffers[0].values.device)
+        for step, (images, labels) in enumerate(batches, start=first_step):
+            for buffer in self._buffers:
+                buffer.gradient.zero_()
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self._autocast):
+                output = self.network(images)
+            loss = F.cross_entropy(output.float(), labels, reduction="sum") / (global_batch or len(labels))
+            loss.backward()
+            if combine_gradients:
+                combine_gradients()
+            for group in self._sgd.param_groups:
+                group["lr"] = self._optimisation.lr_at(step, self._total_steps)
+            self._sgd.step()
+            total += loss.detach()
+        return total

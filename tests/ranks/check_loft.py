@@ -1,0 +1,189 @@
+"""LoFT's rounds over real ranks."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loft_hpc.analysis.commcost import division, loft_bytes
+from loft_hpc.comm.ledger import Ledger
+from loft_hpc.data.embedded import digits
+from loft_hpc.data.order import Order
+from loft_hpc.errors import LoftError
+from loft_hpc.filterwise.partition import deal
+from loft_hpc.models.architecture import Architecture
+from loft_hpc.models.groups import filter_groups, partitioned_groups
+from loft_hpc.models.resnet import build
+from loft_hpc.runs.run import Checkpoint
+from loft_hpc.training.settings import Optimisation
+
+from tiny import CPU, initial_state, make_loft, tiny
+
+SIZES = (1, 2, 3, 4)
+
+RULES = pytest.mark.parametrize("rule", ["paper", "all-blocks"])
+MOMENTA = pytest.mark.parametrize("momentum", ["reset", "carry"])
+
+
+def everybodys(world, state):
+    """Every rank's copy of a state, as numpy arrays."""
+    return world.mpi.allgather({name: tensor.numpy() for name, tensor in state.items()})
+
+
+@RULES
+@MOMENTA
+def test_learning_rate_0_leaves_every_bit(world, rule, momentum):
+    training = make_loft(world, lr=0.0, weight_decay=0.0, partition=rule, momentum_across_rounds=momentum)
+    before = training.full_state()
+    for _ in range(4):
+        training.advance()
+    after = training.full_state()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@RULES
+@pytest.mark.parametrize("pre_activation", [False, True])
+def test_exchange_equals_an_oracle_in_numpy(world, rule, pre_activation):
+    """Gather every rank's sub-network with mpi4py, merge it by hand, and compare with what the exchange made of it."""
+    training = make_loft(world, tiny(pre_activation), partition=rule)
+    groups = {group.name: group for group in training.groups}
+    dimension = {name: (group, d) for group in groups.values() for name, d in group.members}
+    for number in range(3):
+        before_exchange = {}
+        exchange = training._exchange.run
+
+        def spy(exchange=exchange, seen=before_exchange):
+            seen.update({name: parameter.detach().clone() for name, parameter in training._sub.network.named_parameters()})
+            exchange()
+
+        training._exchange.run = spy
+        hands = deal(training.groups, world.size, 5, number)
+        training.advance()
+        training._exchange.run = exchange
+        parts = everybodys(world, before_exchange)
+        for name, tensor in training.full_state().items():
+            if name in dimension:
+                group, along = dimension[name]
+                expected = np.full(tensor.shape, np.nan, dtype=np.float32)
+                for part, hand in zip(parts, hands, strict=True):
+                    where = [slice(None)] * expected.ndim
+                    where[along] = hand[group.name].numpy()
+                    expected[tuple(where)] = part[name]
+                np.testing.assert_array_equal(tensor.numpy(), expected, err_msg=name)
+            else:
+                expected = np.mean([part[name].astype(np.float64) for part in parts], axis=0)
+                np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_next_sub_network_is_the_new_deals_slice_of_the_merged_state(world):
+    training = make_loft(world, partition="all-blocks")
+    for number in range(1, 4):
+        training.advance()
+        full, hand = training.full_state(), deal(training.groups, world.size, 5, number)[world.rank]
+        dimension = {name: (group.name, d) for group in training.groups for name, d in group.members}
+        for name, parameter in training._sub.network.named_parameters():
+            expected = full[name]
+            if name in dimension:
+                expected = expected.index_select(dimension[name][1], hand[dimension[name][0]])
+            assert torch.equal(parameter, expected), name
+
+
+@MOMENTA
+def test_all_ranks_hold_the_same_after_each_round_and_twice_the_same(world, momentum):
+    first, second = (make_loft(world, momentum_across_rounds=momentum) for _ in range(2))
+    for _ in range(4):
+        first.advance()
+        states = everybodys(world, first.full_state())
+        assert all(np.array_equal(states[0][name], state[name]) for state in states for name in state)
+        second.advance()
+    one, other = first.full_state(), second.full_state()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@MOMENTA
+def test_ledger_equals_the_formula_to_the_byte(world, momentum):
+    for rule in ("paper", "all-blocks"):
+        world.ledger = Ledger()
+        training = make_loft(world, partition=rule, momentum_across_rounds=momentum)
+        for _ in range(4):
+            training.advance()
+        ledgers = world.gather_objects(world.ledger)
+        exchanged = [
+            ledger.entry("allgather", "partitioned").poster_bytes + ledger.entry("allreduce", "shared").poster_bytes for ledger in ledgers
+        ]
+        assert sum(exchanged) == loft_bytes(division(tiny(), rule), world.size, 4, momentum == "carry")
+        if world.size > 1:
+            assert all(
+                ledger.entry("allgather", "partitioned").calls == ledger.entry("allreduce", "shared").calls == 4 for ledger in ledgers
+            )
+
+
+def test_a_round_allocates_no_new_buffers(world):
+    training = make_loft(world)
+    buffers = [training._exchange._gathered, training._sub.shared.content, training._sub.partitioned.content]
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    parameters = [parameter.data_ptr() for parameter in training._sub.network.parameters()]
+    for _ in range(3):
+        training.advance()
+    assert addresses == [buffer.data_ptr() for buffer in buffers]
+    assert parameters == [parameter.data_ptr() for parameter in training._sub.network.parameters()]
+
+
+@MOMENTA
+def test_checkpoint_continues_bitwise(world, momentum):
+    whole, first, second = (make_loft(world, momentum_across_rounds=momentum) for _ in range(3))
+    for _ in range(4):
+        whole.advance()
+    for _ in range(2):
+        first.advance()
+    tensors, progress = first.checkpoint()
+    second.restore(Checkpoint(6, {name: tensor.clone() for name, tensor in tensors.items()}, [], progress))
+    for _ in range(2):
+        second.advance()
+    one, other = whole.full_state(), second.full_state()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("momentum", ["carry", "reset"])
+def test_one_rank_equals_plain_sgd_bitwise(world, momentum):
+    """Against torch's own SGD over the network's own parameters, without any of our buffers."""
+    if world.size > 1:
+        pytest.skip("a statement about one rank")
+    training = make_loft(world, momentum_across_rounds=momentum)
+    while training._step < training.total_steps:
+        training.advance()
+
+    network = build(tiny())
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(initial_state(tiny())[name])
+    network = network.to(memory_format=torch.channels_last).train()
+    sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    data = digits(CPU)
+    order = Order("replicated", data.info.train_images, 16, 5, 0, 1)
+    schedule = Optimisation(lr=0.1, schedule="cosine")
+    for step, (images, labels) in enumerate(data.train_batches(order, 0, training.total_steps)):
+        sgd.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        sgd.param_groups[0]["lr"] = schedule.lr_at(step, training.total_steps)
+        sgd.step()
+    state = training.full_state()
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, state[name]), name
+
+
+def test_more_ranks_than_filters_is_refused_on_every_rank(world):
+    if world.size == 1:
+        pytest.skip("one rank can always hold everything")
+    narrow = Architecture("narrow", (1, 2), (2, world.size - 1), False, 1, "cifar", 1, 10)
+    with pytest.raises(LoftError, match=rf"{world.size} ranks cannot share the {world.size - 1} filters of layer2.1"):
+        make_loft(world, narrow)
+
+
+def test_as_many_ranks_as_filters_works(world):
+    narrow = Architecture("narrow", (1, 2), (4, world.size), False, 1, "cifar", 1, 10)
+    training = make_loft(world, narrow)
+    training.advance()
+    groups = partitioned_groups(filter_groups(narrow), "paper")
+    assert len(training._sub.network.layer2[1].conv1.weight) == (1 if groups[0].width == world.size else None)

@@ -1,0 +1,158 @@
+"""Jobs that go wrong, under real mpirun: every one ends on all ranks within seconds, with a non-zero exit code and a line that says why."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import LAUNCH_ENVIRONMENT, launch, loft, told
+
+# A training that would go on for minutes if nobody ended it.
+LONG = ("pretrain", "--model", "resnet20", "--epochs", "500")
+
+
+def start_training(ranks: int, path) -> subprocess.Popen:
+    """Start a long training and wait until it has done a few rounds."""
+    process = subprocess.Popen(
+        ["mpirun", "-np", str(ranks), "loft", *LONG, "--run", str(path)], env=os.environ | LAUNCH_ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    log, end = path / "metrics.jsonl", time.monotonic() + 120
+    while not log.exists() or log.read_text().count("round") < 3:
+        if process.poll() is not None or time.monotonic() > end:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"the training did not start: {process.communicate()}")
+        time.sleep(0.2)
+    return process
+
+
+def rank_processes(process: subprocess.Popen) -> list[int]:
+    """Process numbers of the ranks, by rank."""
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    ranks = {}
+    for child in children:
+        environment = dict(item.split("=", 1) for item in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in item)
+        if "OMPI_COMM_WORLD_RANK" in environment:
+            ranks[int(environment["OMPI_COMM_WORLD_RANK"])] = int(child)
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def alive(pids: list[int]) -> list[int]:
+    def is_alive(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    return [pid for pid in pids if is_alive(pid)]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_rank_ends_the_job(tmp_path, victim):
+    process = start_training(3, tmp_path / "run")
+    pids = rank_processes(process)
+    assert len(pids) == 3
+    os.kill(pids[victim], signal.SIGKILL)
+    try:
+        process.communicate(timeout=20)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert alive(pids) == []
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
+
+
+def test_a_rank_that_alone_meets_a_mistake_says_so_and_ends_the_job(tmp_path):
+    """Rank 1 is given a folder without the data, while rank 0 goes on and waits for it in a raw MPI call."""
+    from test_data import make_folder
+
+    make_folder(tmp_path / "data")
+    common = ("pretrain", "--model", "resnet20", "--dataset", "imagefolder", "--image-size", "32", "--batch-size", "4", "--epochs", "500",
+              "--loader-workers", "0", "--run", str(tmp_path / "run"))  # fmt: skip
+    began = time.monotonic()
+    good, bad = (("loft", *common, "--data-dir", str(tmp_path / folder)) for folder in ("data", "nowhere"))
+    result = launch(1, *good, ":", "-np", "1", *bad, seconds=60)
+    assert result.code != 0
+    lines = told(result)
+    assert len(lines) == 1 and lines[0].startswith("loft: rank 1: no imagefolder in") and "nowhere" in lines[0]
+    assert "Traceback" not in result.err
+    assert time.monotonic() - began < 45
+
+
+def test_an_image_that_breaks_during_training_ends_the_job(tmp_path):
+    """The other rank waits in a Horovod collective by then."""
+    from test_data import make_folder
+
+    for folder in ("data", "broken"):
+        make_folder(tmp_path / folder)
+    (tmp_path / "broken" / "train" / "cat" / "0.png").write_bytes(b"no image")
+    common = ("pretrain", "--model", "resnet20", "--dataset", "imagefolder", "--image-size", "32", "--batch-size", "4", "--epochs", "500",
+              "--statistics-batches", "1", "--statistics-batch", "2", "--loader-workers", "0", "--run", str(tmp_path / "run"))  # fmt: skip
+    good, bad = (("loft", *common, "--data-dir", str(tmp_path / folder)) for folder in ("data", "broken"))
+    result = launch(1, *good, ":", "-np", "1", *bad, seconds=90)
+    assert result.code != 0
+    assert "loft: rank 1: the image" in result.err and "0.png cannot be read" in result.err
+
+
+def test_worlds_of_one_rank_are_refused(tmp_path):
+    """Ranks that cannot see one another, as under another MPI's launcher, must not train N times in silence."""
+    hidden = [
+        argument
+        for name in (
+            "PMIX_NAMESPACE",
+            "PMIX_RANK",
+            "PMIX_SERVER_URI41",
+            "PMIX_SERVER_URI4",
+            "PMIX_SERVER_URI3",
+            "PMIX_SERVER_URI2",
+            "PMIX_SERVER_URI21",
+        )
+        for argument in ("-u", name)
+    ]
+    result = launch(
+        2, "env", *hidden, "loft", "pretrain", "--model", "resnet20", "--epochs", "1", "--run", str(tmp_path / "run"), seconds=60
+    )
+    assert result.code == 2
+    lines = told(result)
+    assert len(lines) == 1 and "announced 2 ranks, but MPI sees a world of 1" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_filters(tmp_path):
+    result = loft("pretrain", "--model", "resnet20", "--widen", "0.1", "--run", tmp_path / "run", ranks=4, seconds=60)
+    assert result.code == 1
+    assert told(result) == ["loft: 4 ranks cannot share the 3 filters of layer2.1: start at most 3"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupted_training_can_be_resumed(tmp_path):
+    process = start_training(2, tmp_path / "run")
+    while not list((tmp_path / "run" / "checkpoints").glob("0*")):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode != 0
+    result = loft("pretrain", "--run", tmp_path / "run", "--resume", ranks=3, seconds=60)
+    assert result.code == 1 and "was started with 2 ranks" in told(result)[0]
+
+
+def test_a_line_per_epoch_and_no_bar_when_nobody_watches(tmp_path):
+    result = loft("pretrain", "--model", "resnet20", "--epochs", "2", "--run", tmp_path / "run", ranks=2, seconds=120)
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert [line.split("   ")[0] for line in lines[1:3]] == ["epoch 1/2", "epoch 2/2"]
+    assert lines[0] == "pretraining resnet20 on digits with loft over 2 ranks"
+    assert lines[3].startswith("test accuracy of the merged network: ") and lines[4] == f"run: {tmp_path / 'run'}"
+    assert "\r" not in result.out and "\x1b" not in result.out
+
+
+def test_doctor_and_help_work_without_mpirun():
+    result = loft("doctor")
+    assert result.code == 0
+    assert [line.split()[1] for line in result.out.splitlines()][:5] == ["torch", "torchvision", "MPI", "mpirun", "Horovod"]
+    for command in ("pretrain", "prune", "retrain", "measure", "commcost", "doctor"):
+        assert loft(command, "--help").out.startswith(f"Usage: loft {command}")
