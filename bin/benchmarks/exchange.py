@@ -1,8 +1,8 @@
 """One LoFT exchange against raw mpi4py collectives on the same bytes, taking turns in the same run.
 
-Legend: `exchange` is what a round does between its local steps: the change of the shared parameters averaged by all-reduce, the
-partitioned parameters gathered; `redeal` then fills the next sub-network out of the gathered buffer; `raw` is Allgatherv and
-Allreduce of as many bytes from and into buffers that are there already.
+Legend: `raw` is mpi4py's Allgatherv and Allreduce of as many bytes from and into buffers that are there already; `collectives` the
+same through comm/ (Horovod, with the ledger); `exchange` all of what a round does to get the ranks to agree (remember the shared
+parameters, take the difference, both collectives, add the mean); `redeal` fills the next sub-network out of the gathered buffer.
 """
 
 import statistics
@@ -45,7 +45,18 @@ def main(model: str, repetitions: int) -> None:
         world.mpi.Allgatherv(mine, gathered)
         world.mpi.Allreduce(MPI.IN_PLACE, shared)
 
-    times: dict[str, list[float]] = {"exchange": [], "redeal": [], "raw": []}
+    def collectives() -> None:
+        gathering = world.all_gather(sub.partitioned.content, exchange._gathered, exchange._counts, "partitioned")
+        summing = world.all_reduce_(zeros, "shared")
+        gathering()
+        summing()
+
+    def whole_exchange() -> None:
+        exchange.begin_round()
+        exchange.run()
+
+    zeros = torch.zeros_like(sub.shared.content)
+    times: dict[str, list[float]] = {"raw": [], "collectives": [], "exchange": [], "redeal": []}
 
     def timed(name: str, action) -> None:
         world.barrier()
@@ -56,10 +67,10 @@ def main(model: str, repetitions: int) -> None:
 
     raw()
     for number in range(repetitions):
-        exchange.begin_round()
-        timed("exchange", exchange.run)
-        timed("redeal", lambda number=number: exchange.redeal(deals[number], deals[number + 1]))
         timed("raw", raw)
+        timed("collectives", collectives)
+        timed("exchange", whole_exchange)
+        timed("redeal", lambda number=number: exchange.redeal(deals[number], deals[number + 1]))
     merged = exchange.merge(deals[-2])
     if not all(torch.equal(merged[name], initial[name]) for name in initial):
         raise SystemExit("the exchange changed parameters that nobody trained: the timing means nothing")
@@ -71,7 +82,7 @@ def main(model: str, repetitions: int) -> None:
         for name, values in times.items():
             low, _, high = statistics.quantiles(values, n=4)
             click.echo(
-                f"{name:9} median {1e3 * medians[name]:8.2f} ms   quartiles {1e3 * low:.2f} to {1e3 * high:.2f}   {medians[name] / medians['raw']:.2f} x raw"
+                f"{name:11} median {1e3 * medians[name]:8.2f} ms   quartiles {1e3 * low:.2f} to {1e3 * high:.2f}   {medians[name] / medians['raw']:.2f} x raw"
             )
         both = medians["exchange"] + medians["redeal"]
         click.echo(f"exchange and redeal together {1e3 * both:.2f} ms   {both / medians['raw']:.2f} x raw")

@@ -49,8 +49,11 @@ data_options = several(
     option(DataSettings, "loader_workers", "Processes per rank that decode image files.", type=click.IntRange(0)),
 )
 
-optimisation_options = several(
-    option(Optimisation, "lr", "Learning rate at the start.", type=float),
+
+def optimisation_options(lr: float = default(Optimisation, "lr")) -> Decorator:
+    """Options of SGD, with a learning rate of the command's own as default."""
+    return several(
+    click.option("--lr", default=lr, show_default=True, type=float, help="Learning rate at the start."),
     option(Optimisation, "momentum", "Momentum of SGD.", type=float),
     option(Optimisation, "weight_decay", "Weight decay of SGD.", type=float),
     option(Optimisation, "schedule", "How the learning rate falls.", type=click.Choice(SCHEDULES)),
@@ -60,6 +63,7 @@ optimisation_options = several(
     ),
     option(Optimisation, "decay", "Factor on the learning rate at each milestone.", type=float),
 )  # fmt: skip
+
 
 evaluation_options = several(
     option(Evaluation, "evaluate_every", "Epochs between evaluations (the last epoch always is evaluated).", type=int),

@@ -44,7 +44,7 @@ loft_options = several(
 @option(PretrainSettings, "rounds", "Rounds of --local-iterations steps, in place of --epochs.", type=int)
 @option(PretrainSettings, "batch_size", "Images per step: of each worker under loft, of all together under data-parallel.", type=int)
 @loft_options
-@optimisation_options
+@optimisation_options()
 @option(PretrainSettings, "seed", "Decides initialisation, deals, data order and augmentation.", type=int)
 @option(PretrainSettings, "snapshot_every", "Epochs between full snapshots (0: only the first and the last).", type=int)
 @evaluation_options

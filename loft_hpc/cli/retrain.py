@@ -19,7 +19,7 @@ from loft_hpc.cli.options import (
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DataSettings
-from loft_hpc.jobs.retrain import RetrainSettings, retrain, ticket_data
+from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, retrain, ticket_data
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 
@@ -30,7 +30,7 @@ from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 @click.option("--data-dir", type=click.Path(), help="Folder of the data set, where it is not the one that the run used.")
 @option(RetrainSettings, "epochs", "Walks through the training images.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
-@optimisation_options
+@optimisation_options(lr=LEARNING_RATE)
 @option(RetrainSettings, "seed", "Decides data order and augmentation.", type=int)
 @option(RetrainSettings, "snapshot_every", "Epochs between full snapshots (0: only the first and the last).", type=int)
 @evaluation_options
