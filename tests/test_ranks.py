@@ -22,7 +22,17 @@ def cases() -> list:
 @pytest.mark.parametrize(("file", "ranks"), cases())
 def test_under_mpirun(file: Path, ranks: int) -> None:
     result = launch(
-        ranks, sys.executable, "-m", "pytest", "-c", str(FOLDER.parent.parent / ".pytest.ini"), "-p", "no:cacheprovider", "-x", str(file)
+        ranks,
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        str(FOLDER.parent.parent / ".pytest.ini"),
+        "--color=no",
+        "-p",
+        "no:cacheprovider",
+        "-x",
+        str(file),
     )
     assert result.code == 0, f"{result.out[-6000:]}\n{result.err[-2000:]}"
-    assert len(re.findall(r"^\d+ passed", result.out, re.MULTILINE)) == ranks, result.out[-3000:]
+    assert len(re.findall(r"\b\d+ passed", result.out)) == ranks, result.out[-3000:]

@@ -53,16 +53,16 @@ data_options = several(
 def optimisation_options(lr: float = default(Optimisation, "lr")) -> Decorator:
     """Options of SGD, with a learning rate of the command's own as default."""
     return several(
-    click.option("--lr", default=lr, show_default=True, type=float, help="Learning rate at the start."),
-    option(Optimisation, "momentum", "Momentum of SGD.", type=float),
-    option(Optimisation, "weight_decay", "Weight decay of SGD.", type=float),
-    option(Optimisation, "schedule", "How the learning rate falls.", type=click.Choice(SCHEDULES)),
-    click.option(
-        "--milestone", "milestones", multiple=True, type=float, default=default(Optimisation, "milestones"), show_default=True,
-        help="Fraction of the training at which --schedule step lowers the learning rate (repeat for more).",
-    ),
-    option(Optimisation, "decay", "Factor on the learning rate at each milestone.", type=float),
-)  # fmt: skip
+        click.option("--lr", default=lr, show_default=True, type=float, help="Learning rate at the start."),
+        option(Optimisation, "momentum", "Momentum of SGD.", type=float),
+        option(Optimisation, "weight_decay", "Weight decay of SGD.", type=float),
+        option(Optimisation, "schedule", "How the learning rate falls.", type=click.Choice(SCHEDULES)),
+        click.option(
+            "--milestone", "milestones", multiple=True, type=float, default=default(Optimisation, "milestones"), show_default=True,
+            help="Fraction of the training at which --schedule step lowers the learning rate (repeat for more).",
+        ),
+        option(Optimisation, "decay", "Factor on the learning rate at each milestone.", type=float),
+    )  # fmt: skip
 
 
 evaluation_options = several(
