@@ -7,6 +7,8 @@ class LoftError(Exception):
     `usage` marks a mistake in the command itself: every rank sees the same, and the exit code is 2.
     """
 
-    def __init__(self, message: str, usage: bool = False):
+    def __init__(self, message: str, usage: bool = False, everywhere: bool = False):
         super().__init__(message)
         self.usage = usage
+        self.everywhere = everywhere or usage
+        """Whether every rank is known to have met it, so that rank 0 alone tells."""

@@ -65,7 +65,9 @@ def test_any_step_can_be_asked_for_first():
     assert torch.equal(order.indices(30), later)
 
 
-@pytest.mark.parametrize(("sharing", "batch", "size"), [("replicated", 101, 1), ("sharded", 51, 2), ("split", 3, 4)])
+@pytest.mark.parametrize(
+    ("sharing", "batch", "size"), [("replicated", 101, 1), ("sharded", 51, 2), ("split", 3, 4), ("split", 7, 4), ("replicated", 1, 1)]
+)
 def test_batches_that_cannot_be_filled_are_refused(sharing, batch, size):
     with pytest.raises(LoftError, match="--batch-size"):
         Order(sharing, 100, batch, 0, 0, size)
@@ -76,6 +78,7 @@ def test_calibration_batches_are_disjoint_and_fixed():
     assert [len(batch) for batch in batches] == [16, 16, 16]
     assert len(torch.cat(batches).unique()) == 48
     assert [len(batch) for batch in calibration_indices(20, 3, 16)] == [16, 4]
+    assert [len(batch) for batch in calibration_indices(17, 3, 16)] == [16]  # one image has no variance
 
 
 # -- augmentation ----------------------------------------------------------------------------------------------------------
@@ -83,14 +86,14 @@ def test_calibration_batches_are_disjoint_and_fixed():
 
 def test_crop_and_flip_against_a_loop():
     images = torch.arange(6 * 2 * 5 * 5, dtype=torch.float32).view(6, 2, 5, 5)
-    ours = Augmentation(padding=2, flip=True).train(images, torch.Generator().manual_seed(3))
+    ours = Augmentation(padding=2, flip=True, background=-7).train(images, torch.Generator().manual_seed(3))
     assert ours.is_contiguous(memory_format=torch.channels_last)
     draw = torch.Generator().manual_seed(3)
     offsets = torch.randint(5, (2, 6, 1), generator=draw)
     mirrored = torch.rand(6, 1, generator=draw) < 0.5
     assert mirrored.any() and not mirrored.all()
     for number in range(6):
-        padded = torch.nn.functional.pad(images[number], (2,) * 4)
+        padded = torch.nn.functional.pad(images[number], (2,) * 4, value=-7)
         top, left = int(offsets[0, number]), int(offsets[1, number])
         expected = padded[:, top : top + 5, left : left + 5]
         # the columns are mirrored, then looked up: a flip of the crop

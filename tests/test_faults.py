@@ -1,5 +1,6 @@
 """Jobs that go wrong, under real mpirun: every one ends on all ranks within seconds, with a non-zero exit code and a line that says why."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,25 +8,29 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from conftest import LAUNCH_ENVIRONMENT, launch, loft, told
+from loft_hpc.runs.files import read_tensors
+from loft_hpc.runs.run import Run
+
+from launching import LAUNCH_ENVIRONMENT, launch, loft, told
 
 # A training that would go on for minutes if nobody ended it.
 LONG = ("pretrain", "--model", "resnet20", "--epochs", "500")
 
 
-def start_training(ranks: int, path) -> subprocess.Popen:
-    """Start a long training and wait until it has done a few rounds."""
+def start_training(ranks: int, path: Path, *options: str) -> subprocess.Popen:
+    """Start a training, a long one by default, and wait until it has done a round."""
     process = subprocess.Popen(
-        ["mpirun", "-np", str(ranks), "loft", *LONG, "--run", str(path)], env=os.environ | LAUNCH_ENVIRONMENT, text=True,
+        ["mpirun", "-np", str(ranks), "loft", *(("pretrain", *options) if options else LONG), "--run", str(path)], env=os.environ | LAUNCH_ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     log, end = path / "metrics.jsonl", time.monotonic() + 120
-    while not log.exists() or log.read_text().count("round") < 3:
+    while not log.exists() or log.read_text().count("round") < 1:
         if process.poll() is not None or time.monotonic() > end:
             os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"the training did not start: {process.communicate()}")
-        time.sleep(0.2)
+        time.sleep(0.02)
     return process
 
 
@@ -138,15 +143,45 @@ def test_interrupted_training_can_be_resumed(tmp_path):
     assert process.returncode != 0
     result = loft("pretrain", "--run", tmp_path / "run", "--resume", ranks=3, seconds=60)
     assert result.code == 1 and "was started with 2 ranks" in told(result)[0]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"  # untouched by the refusal
+
+
+@pytest.mark.parametrize("after", ["first round", "first checkpoint"])
+def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(tmp_path, after):
+    options = ("--model", "resnet20", "--epochs", "4", "--batch-size", "64", "--snapshot-every", "0")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert loft("pretrain", *options, "--run", whole, ranks=2).code == 0
+    process = start_training(2, broken, *options)
+    while after == "first checkpoint" and not list((broken / "checkpoints").glob("0*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (broken / "model.safetensors").exists()
+    result = loft("pretrain", "--run", broken, "--resume", ranks=2)
+    assert result.code == 0, result.err
+    one, other = (read_tensors(path / "model.safetensors") for path in (whole, broken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    steps = [json.loads(line)["step"] for line in (broken / "metrics.jsonl").read_text().splitlines() if '"round"' in line]
+    assert steps == sorted(set(steps)) and steps[-1] == 88  # no round is logged twice
+    exchanged = [Run.open(path).read_ledgers()[1].entry("allgather", "partitioned") for path in (whole, broken)]
+    assert exchanged[0] == exchanged[1]
+
+
+def test_threads_set_by_hand_on_one_rank_alone_hang_nobody(tmp_path):
+    common = ("loft", "pretrain", "--model", "resnet20", "--epochs", "1", "--run", str(tmp_path / "run"))
+    result = launch(1, "env", "OMP_NUM_THREADS=1", *common, ":", "-np", "1", *common, seconds=60)
+    assert result.code == 0, result.err
 
 
 def test_a_line_per_epoch_and_no_bar_when_nobody_watches(tmp_path):
     result = loft("pretrain", "--model", "resnet20", "--epochs", "2", "--run", tmp_path / "run", ranks=2, seconds=120)
     assert result.code == 0, result.err
     lines = result.out.splitlines()
-    assert [line.split("   ")[0] for line in lines[1:3]] == ["epoch 1/2", "epoch 2/2"]
+    assert lines[1] == f"run: {tmp_path / 'run'}"
+    assert [line.split("   ")[0] for line in lines[2:4]] == ["epoch 1/2", "epoch 2/2"]
     assert lines[0] == "pretraining resnet20 on digits with loft over 2 ranks"
-    assert lines[3].startswith("test accuracy of the merged network: ") and lines[4] == f"run: {tmp_path / 'run'}"
+    assert lines[4].startswith("test accuracy of the merged network: ") and lines[5] == f"run: {tmp_path / 'run'}"
     assert "\r" not in result.out and "\x1b" not in result.out
 
 

@@ -9,7 +9,7 @@ from loft_hpc.analysis.size import network_size
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.partition import deal, shares
 from loft_hpc.models.architecture import MODEL_NAMES, Architecture, architecture
-from loft_hpc.models.groups import Holding, filter_groups, mask_state, merge_states, partitioned_groups, slice_state
+from loft_hpc.models.groups import Holding, _take, _take_columns, filter_groups, mask_state, merge_states, partitioned_groups, slice_state
 from loft_hpc.models.resnet import build
 
 from tiny import tiny
@@ -132,6 +132,18 @@ def test_deals_are_disjoint_complete_fresh_and_uniform():
     assert len({tuple(hand) for hand in rounds}) > 60  # of 70 possible
     frequency = torch.bincount(torch.tensor(rounds).flatten(), minlength=8) / 400
     assert torch.all((frequency - 0.5).abs() < 0.1)  # four standard deviations
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_columns_are_taken_alike_on_cpu_and_gpu_paths(memory_format):
+    """`_take_columns` serves CPUs, `_take` GPUs; both are the concatenation indexed."""
+    sources = [torch.randn(40, width, 3, 3).contiguous(memory_format=memory_format) for width in (7, 5, 6)]
+    pick = torch.randperm(18)[:9]
+    expected = torch.cat(sources, 1)[:, pick]
+    for take in (lambda target: _take_columns(target, sources, pick), lambda target: _take(target, sources, pick, 1)):
+        target = torch.full((40, 9, 3, 3), float("nan")).contiguous(memory_format=memory_format)
+        take(target)
+        assert torch.equal(target, expected)
 
 
 def test_the_papers_rule_leaves_stage_1_and_strided_blocks_whole():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import launch
+from launching import launch
 
 FOLDER = Path(__file__).parent / "ranks"
 
@@ -21,8 +21,7 @@ def cases() -> list:
 
 @pytest.mark.parametrize(("file", "ranks"), cases())
 def test_under_mpirun(file: Path, ranks: int) -> None:
-    result = launch(
-        ranks,
+    pytest_here = (
         sys.executable,
         "-m",
         "pytest",
@@ -32,7 +31,7 @@ def test_under_mpirun(file: Path, ranks: int) -> None:
         "-p",
         "no:cacheprovider",
         "-x",
-        str(file),
     )
+    result = launch(ranks, *pytest_here, str(file), seconds=480)
     assert result.code == 0, f"{result.out[-6000:]}\n{result.err[-2000:]}"
     assert len(re.findall(r"\b\d+ passed", result.out)) == ranks, result.out[-3000:]

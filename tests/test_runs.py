@@ -104,16 +104,17 @@ def test_checkpoints_keep_the_last_and_fall_back_from_a_torn_one(tmp_path):
     run = new_run(tmp_path / "run")
     ledger = Ledger()
     ledger.record("allreduce", "shared", Entry(1, 2, 3, 4, 5, 6))
-    for step in (8, 16, 24):
-        run.write_checkpoint(Checkpoint(step, {"a": torch.full((2,), float(step))}, [ledger], {"round": step // 8}))
-    assert sorted(folder.name for folder in (run.path / "checkpoints").iterdir()) == ["000016", "000024"]
+    assert run.read_checkpoint() is None
+    for step in (999_984, 999_992, 1_000_000):  # sorted as numbers, not as names
+        run.write_checkpoint(Checkpoint(step, {"a": torch.full((2,), float(step))}, [ledger], {"round": 3}))
+    assert sorted(folder.name for folder in (run.path / "checkpoints").iterdir()) == ["1000000", "999992"]
     newest = run.read_checkpoint()
-    assert (newest.step, newest.progress, newest.tensors["a"].tolist()) == (24, {"round": 3}, [24, 24])
+    assert (newest.step, newest.progress, newest.tensors["a"].tolist()) == (1_000_000, {"round": 3}, [1e6, 1e6])
     assert newest.ledgers == [ledger]
-    torn = run.path / "checkpoints" / "000024" / "state.safetensors"
+    torn = run.path / "checkpoints" / "1000000" / "state.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
-    assert run.read_checkpoint().step == 16
-    (run.path / "checkpoints" / "000016" / "progress.json").write_text("{}")
+    assert run.read_checkpoint().step == 999_992
+    (run.path / "checkpoints" / "999992" / "progress.json").write_text("{}")
     with pytest.raises(LoftError, match="nothing to resume from"):
         run.read_checkpoint()
 

@@ -116,7 +116,9 @@ def test_wrong_pruning_is_refused(fields):
 def make_ticket(path, state) -> Ticket:
     groups = filter_groups(tiny())
     selection = everything(groups) | find(state, groups, ratio=0.5)
-    return Ticket(path, tiny(), selection, slice_state(state, selection, groups), {"method": "magnitude", "ratio": 0.5, "data": {}})
+    return Ticket(
+        path, tiny(), selection, slice_state(state, selection, groups), {"method": "magnitude", "ratio": 0.5, "data": {}, "evaluation": {}}
+    )
 
 
 def test_ticket_survives_and_equals_the_masked_network(tmp_path, state):

@@ -20,6 +20,7 @@ def command(context: click.Context, runs: tuple[str, ...], format: str) -> None:
     cost(S) = 4 bytes * R * (P + S * C): P partitioned and C shared parameters, S workers, R transfers (for a run: its rounds).
     """
     job: Job = context.obj
+    job.join()
     if runs:
         costs = [run_cost(Path(run)) for run in runs]
         job.show(format, {"runs": [_run_fields(cost) for cost in costs]}, _run_table(costs))

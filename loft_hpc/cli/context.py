@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loft_hpc.comm.launch import announced_rank
+from loft_hpc.comm.launch import announced, announced_rank
 
 if TYPE_CHECKING:
     from loft_hpc.comm.world import World
@@ -28,6 +28,12 @@ class Job:
 
             self.started_world = start()
         return self.started_world
+
+    def join(self) -> None:
+        """Start the world if a launcher started several of us, so that a failure of one rank from here on concerns all."""
+        said = announced()
+        if said and said[1] > 1:
+            self.world  # noqa: B018 (starting it is the point)
 
     @property
     def speaks(self) -> bool:

@@ -1,6 +1,7 @@
 """The `loft` command: its subcommands, and the one place where failures become a line and an exit code."""
 
 import sys
+import time
 import traceback
 
 import click
@@ -9,6 +10,9 @@ from loft_hpc import __version__
 from loft_hpc.cli.context import Job
 from loft_hpc.comm.launch import announced_rank
 from loft_hpc.errors import LoftError
+
+RANK_0_SPEAKS_SECONDS = 1.0
+"""How long other ranks let rank 0 speak: a launcher ends the job at the first rank that leaves with a failure."""
 
 COMMANDS = {
     "pretrain": "Find a ticket: train a network over all ranks.",
@@ -59,35 +63,38 @@ def run(arguments: list[str]) -> int:
         code = loft.main(arguments, prog_name="loft", standalone_mode=False, obj=job)
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as problem:
-        return _fail(job, problem.format_message(), 2, usage=True)
+        return _fail(job, problem.format_message(), 2, everywhere=True)
     except click.ClickException as problem:
         context = getattr(problem, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context else ""
-        return _fail(job, " ".join(problem.format_message().split()) + hint, problem.exit_code, usage=True)
+        return _fail(job, " ".join(problem.format_message().split()) + hint, problem.exit_code, everywhere=True)
     except LoftError as problem:
-        return _fail(job, str(problem), 2 if problem.usage else 1, usage=problem.usage)
+        return _fail(job, str(problem), 2 if problem.usage else 1, problem.everywhere)
+    except OSError as problem:
+        where = f"{problem.filename}: " if problem.filename else ""
+        return _fail(job, f"{where}{problem.strerror or problem}: mend the path, its permissions or the space on its disk", 1)
     except (KeyboardInterrupt, click.Abort):
         return _fail(job, "interrupted", 1)
     except Exception:  # a defect of ours, or a machine that fails: everything that helps to find it
         return _fail(job, "unexpected failure\n" + traceback.format_exc(), 1)
 
 
-def _fail(job: Job, message: str, code: int, usage: bool = False) -> int:
+def _fail(job: Job, message: str, code: int, everywhere: bool = False) -> int:
     """Tell the failure once, and make sure that no rank waits for one that is gone.
 
-    What all ranks ran into, rank 0 tells. What befell some alone, they tell themselves, and end the job on all ranks.
+    What all ranks ran into (known to be so if `everywhere`), rank 0 tells. What befell some alone, they tell themselves, and end the
+    job on all ranks.
     """
-    rank = announced_rank()
     world = job.started_world
-    if world is None or world.size == 1:
-        together = usage or rank == 0
-    else:
-        together, rank = world.failed_together(), world.rank
+    rank = announced_rank() if world is None else world.rank
+    together = everywhere or world is None or world.size == 1 or world.failed_together()
     if rank == 0:
         print(f"loft: {message}", file=sys.stderr, flush=True)
     elif not together:
         print(f"loft: rank {rank}: {message}", file=sys.stderr, flush=True)
-    if not together and world is not None:
+    elif world is None:
+        time.sleep(RANK_0_SPEAKS_SECONDS)
+    if not together:
         world.abort(code)
     return code
 

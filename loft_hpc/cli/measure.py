@@ -6,10 +6,9 @@ from pathlib import Path
 import click
 
 from loft_hpc.analysis.distance import NORMS
-from loft_hpc.analysis.latency import Latency
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
-from loft_hpc.cli.options import device_option
+from loft_hpc.cli.options import device_option, moved_data_option
 from loft_hpc.jobs.measure import Distances, Measured, distances, measure
 
 
@@ -23,7 +22,7 @@ from loft_hpc.jobs.measure import Distances, Measured, distances, measure
 @click.option(
     "--norm", type=click.Choice(list(NORMS)), default="l2", show_default=True, help="Norm that ranks the filters for --distance-to."
 )
-@click.option("--data-dir", type=click.Path(), help="Folder of the data set, where it is not the one that the run used.")
+@moved_data_option
 @click.option("--latency-batch", type=click.IntRange(1), default=64, show_default=True, help="Images in a timed forward pass.")
 @click.option("--repetitions", type=click.IntRange(2), default=20, show_default=True, help="Timed forward passes of each network.")
 @device_option
@@ -41,6 +40,7 @@ def command(
     Example: loft measure runs/RUN runs/RUN/tickets/*
     """
     job: Job = context.obj
+    job.join()
     if distance_to is not None:
         found = {path: distances(Path(path), distance_to, norm) for path in paths}
         job.show(
@@ -95,13 +95,9 @@ def _fields(result: Measured) -> dict:
         "dense_parameters": result.dense.parameters,
         "flops": result.size.flops,
         "dense_flops": result.dense.flops,
-        "latency": _latency_fields(result.latency),
-        "dense_latency": _latency_fields(result.dense_latency),
+        "latency": asdict(result.latency),
+        "dense_latency": asdict(result.dense_latency),
     }
-
-
-def _latency_fields(latency: Latency) -> dict:
-    return asdict(latency)
 
 
 def _distance_fields(found: dict[str, list[Distances]], reference: str, norm: str) -> dict:

@@ -49,6 +49,8 @@ data_options = several(
     option(DataSettings, "loader_workers", "Processes per rank that decode image files.", type=click.IntRange(0)),
 )
 
+moved_data_option = click.option("--data-dir", type=click.Path(), help="Folder of the data set, where it is not the one that the run used.")
+
 
 def optimisation_options(lr: float = default(Optimisation, "lr")) -> Decorator:
     """Options of SGD, with a learning rate of the command's own as default."""

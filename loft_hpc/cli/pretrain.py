@@ -23,6 +23,7 @@ from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DataSettings
 from loft_hpc.filterwise.loft import MOMENTUM_RULES, LoftSettings
 from loft_hpc.jobs.pretrain import STRATEGIES, PretrainSettings, pretrain
+from loft_hpc.jobs.settings import flatten
 from loft_hpc.models.architecture import MODEL_NAMES
 from loft_hpc.models.groups import PARTITION_RULES
 from loft_hpc.training.settings import Computation, Evaluation, Optimisation
@@ -73,7 +74,11 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
     )
     if given.rounds is not None and "epochs" in typed(context):
         raise click.UsageError("give --epochs or --rounds, not both")
+    strange = sorted(typed(context) & set(flatten(given.loft))) if given.strategy != "loft" else []
+    if strange:
+        raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --strategy loft")
     path = Path(run_path) if run_path else None
+    job.join()
     settings = for_run(given, "pretrain", typed(context), path, resume)
     world = job.world
     speaks = world.rank == 0 and format == "table"

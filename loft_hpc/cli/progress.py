@@ -18,8 +18,10 @@ class Progress:
         self._bar: Any = None
         self._done = 0
 
-    def started(self, total_steps: int, done_steps: int) -> None:
+    def started(self, path: str, total_steps: int, done_steps: int) -> None:
         self._done = done_steps
+        if self._speaks:
+            click.echo(f"run: {path}")
         if done_steps and self._speaks:
             click.echo(f"going on at step {done_steps} of {total_steps}")
         if self._speaks and output_is_terminal():

@@ -9,7 +9,7 @@ import click
 from loft_hpc.analysis.distance import NORMS
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
-from loft_hpc.cli.options import device_option, fill, option, several
+from loft_hpc.cli.options import device_option, fill, moved_data_option, option, several
 from loft_hpc.jobs.prune import BLOCK_CHOICES, prune
 from loft_hpc.tickets.finders import FINDERS, SCOPES, Pruning
 
@@ -42,11 +42,20 @@ pruning_options = several(
     help="Blocks to prune: all, or as in LoFT's release all but the first of each stage.",
 )
 @click.option("--name", help="Name of the ticket, with a single --ratio.  [default: METHOD-CRITERION-RATIO]")
+@moved_data_option
 @device_option
 @format_option
 @click.pass_context
 def command(
-    context: click.Context, run: str, ratios: tuple[float, ...], blocks: str, name: str | None, device: str, format: str, **options: Any
+    context: click.Context,
+    run: str,
+    ratios: tuple[float, ...],
+    blocks: str,
+    name: str | None,
+    data_dir: str | None,
+    device: str,
+    format: str,
+    **options: Any,
 ) -> None:
     """Draw tickets from the final network of RUN, one for each --ratio, into RUN/tickets.
 
@@ -61,7 +70,7 @@ def command(
         raise click.UsageError("the same --ratio is given twice")
     if name is not None and (not name or name != Path(name).name or name.startswith(".")):
         raise click.UsageError(f"--name '{name}' is no plain folder name")
-    results = prune(Path(run), prunings, blocks, name, device, job.world)
+    results = prune(Path(run), prunings, blocks, name, data_dir, device, job.world)
     fields = {
         "flops_per_multiply_add": FLOPS_PER_MULTIPLY_ADD,
         "dense": {"parameters": results[0].dense.parameters, "flops": results[0].dense.flops},

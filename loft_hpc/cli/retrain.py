@@ -10,6 +10,7 @@ from loft_hpc.cli.options import (
     device_option,
     evaluation_options,
     fill,
+    moved_data_option,
     optimisation_options,
     option,
     precision_option,
@@ -27,7 +28,7 @@ from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 @click.command("retrain")
 @click.argument("ticket", type=click.Path())
 @option(RetrainSettings, "rewind", "Weights to start from: none (as pruned), init (before pretraining) or epoch:K (a snapshot).", type=str)
-@click.option("--data-dir", type=click.Path(), help="Folder of the data set, where it is not the one that the run used.")
+@moved_data_option
 @option(RetrainSettings, "epochs", "Walks through the training images.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
 @optimisation_options(lr=LEARNING_RATE)
@@ -54,10 +55,9 @@ def command(
         "computation": fill(Computation, options),
     }
     fill(RetrainSettings, options, data=DataSettings(), **parts)
+    job.join()
     source = Ticket.read(Path(ticket))
-    data = ticket_data(source)
-    if data_dir:
-        data = fill(DataSettings, vars(data) | {"data_dir": data_dir})
+    data = ticket_data(source).at(data_dir)
     given = fill(RetrainSettings, options, data=data, **parts)
     path = Path(run_path) if run_path else None
     settings = for_run(given, "retrain", typed(context), path, resume)

@@ -51,16 +51,15 @@ class World:
 
     # -- collectives on tensors -------------------------------------------------------------------------------------------
 
-    def all_reduce_(self, tensor: Tensor, purpose: str, average: bool = False) -> Callable[[], Tensor]:
-        """Sum (or mean) of `tensor` over the ranks, in place on every rank."""
+    def all_reduce_(self, tensor: Tensor, purpose: str) -> Callable[[], Tensor]:
+        """Sum of `tensor` over the ranks, in place on every rank."""
         if self.size == 1:
             return lambda: tensor
         sent, received = ring_allreduce(tensor.numel(), tensor.element_size(), self.rank, self.size)
         size = tensor.numel() * tensor.element_size()
         self._record("allreduce", purpose, Entry(1, size, size, sent, received))
         host = self._staging.to_host(tensor, f"allreduce.{purpose}")
-        op = self._hvd.Average if average else self._hvd.Sum
-        handle = self._hvd.allreduce_async_(host, name=f"allreduce.{purpose}", op=op)
+        handle = self._hvd.allreduce_async_(host, name=f"allreduce.{purpose}", op=self._hvd.Sum)
         return lambda: self._staging.back(self._hvd.synchronize(handle), tensor)
 
     def all_gather(self, tensor: Tensor, output: Tensor, counts: list[int], purpose: str) -> Callable[[], Tensor]:
@@ -98,10 +97,10 @@ class World:
             entry.poster_bytes = entry.payload_sent_bytes
         self.ledger.record(operation, purpose, entry)
 
-    # -- small objects, at start and end ----------------------------------------------------------------------------------
+    # -- small objects, outside the steps ---------------------------------------------------------------------------------
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank. For small things outside the training loop; counted as `control`."""
+        """Every rank's value, on every rank. For small things, outside the steps; counted as `control`."""
         if self.size == 1:
             return [value]
         packed = pickle.dumps(value)
@@ -112,17 +111,29 @@ class World:
         return [pickle.loads(item) for item in everybody]
 
     def on_root(self, action: Callable[[], Any]) -> Any:
-        """Rank 0 does something that others wait for; all ranks get the result, or all raise the LoftError."""
+        """Rank 0 does something that others wait for; all ranks get the result, or all raise the LoftError. Counted as `control`."""
         result, problem = None, None
         if self.rank == 0:
             try:
                 result = action()
             except LoftError as error:
                 problem = error
-        result, problem = self.mpi.bcast((result, problem)) if self.size > 1 else (result, problem)
+        if self.size > 1:
+            self._wait_quietly()
+            packed = self.mpi.bcast(pickle.dumps((result, problem)) if self.rank == 0 else None)
+            at_root, size = self.rank == 0, len(packed)
+            sent, received = chain_broadcast(size, 1, self.rank, self.size)
+            self.ledger.record("broadcast", "control", Entry(1, size if at_root else 0, 0 if at_root else size, sent, received))
+            result, problem = pickle.loads(packed)
         if problem is not None:
             raise problem
         return result
+
+    def _wait_quietly(self) -> None:
+        """Wait for every rank without keeping a core busy, which rank 0 may need for what it does (and times)."""
+        everybody = self.mpi.Ibarrier()
+        while not everybody.Test():
+            time.sleep(0.001)
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -163,11 +174,22 @@ def start() -> World:
             "use the mpirun that `loft doctor` names, or srun --mpi=pmix",
             usage=True,
         )
+    hvd, problem = _horovod(MPI)
+    # A rank that stopped here alone would leave the others waiting inside Horovod.
+    problems = {rank: text for rank, text in enumerate(MPI.COMM_WORLD.allgather(problem)) if text}
+    if problems:
+        rank, text = next(iter(problems.items()))
+        raise LoftError(text if len(problems) == size else f"rank {rank}: {text}", everywhere=True)
+    hvd.init(comm=MPI.COMM_WORLD)
+    return World(MPI.COMM_WORLD, hvd)
+
+
+def _horovod(MPI: Any) -> tuple[Any, str]:
+    """Horovod's module, or why this rank cannot use it."""
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-        raise LoftError("this MPI gives no MPI_THREAD_MULTIPLE, which Horovod beside mpi4py needs: load an MPI built with it")
+        return None, "this MPI gives no MPI_THREAD_MULTIPLE, which Horovod beside mpi4py needs: load an MPI built with it"
     try:
         import horovod.torch as hvd
     except ImportError as problem:
-        raise LoftError(f"Horovod does not load ({problem}): run bin/setup") from None
-    hvd.init(comm=MPI.COMM_WORLD)
-    return World(MPI.COMM_WORLD, hvd)
+        return None, f"Horovod does not load ({problem}): run bin/setup"
+    return hvd, ""

@@ -15,11 +15,13 @@ class Augmentation:
     """
 
     padding: int
-    """Pixels of zeros around a training image, out of which a crop of the old size is drawn; 0 for no crop."""
+    """Pixels of background around a training image, out of which a crop of the old size is drawn; 0 for no crop."""
     flip: bool
     """Whether a training image is mirrored left to right with probability 1/2."""
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    background: float = 0
+    """What a stored image has where there is nothing: 0 for bytes, which is black."""
 
     def test(self, images: Tensor) -> Tensor:
         """(N, C, H, W) normalised, nothing else."""
@@ -31,11 +33,10 @@ class Augmentation:
 
     def train(self, images: Tensor, draw: torch.Generator) -> Tensor:
         """(N, C, H, W) normalised, with a crop and a flip of its own for each image, drawn from `draw`."""
-        images = self.test(images)
         count, _, height, width = images.shape
         if self.padding:
             offsets = torch.randint(2 * self.padding + 1, (2, count, 1), generator=draw).to(images.device)
-            padded = F.pad(images, (self.padding,) * 4)
+            padded = F.pad(images, (self.padding,) * 4, value=self.background)
             rows = offsets[0] + torch.arange(height, device=images.device)
             columns = offsets[1] + torch.arange(width, device=images.device)
         else:
@@ -46,8 +47,8 @@ class Augmentation:
             mirrored = (torch.rand(count, 1, generator=draw) < 0.5).to(images.device)
             columns = torch.where(mirrored, columns.flip(1), columns)
         elif not self.padding:
-            return images
+            return self.test(images)
         # One gather in the channels-last view (N, H, W, C), whose result is channels-last again.
         which = torch.arange(count, device=images.device).view(count, 1, 1)
         pixels = padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]]
-        return pixels.permute(0, 3, 1, 2)
+        return self.test(pixels.permute(0, 3, 1, 2))

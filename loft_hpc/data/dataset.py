@@ -87,9 +87,12 @@ class TensorDataSet(DataSet):
 
 
 def calibration_indices(images: int, batches: int, batch_size: int) -> list[Tensor]:
-    """At most `batches` disjoint batches of training images, the same in every run: the statistics belong to the weights alone."""
+    """At most `batches` disjoint batches of training images, the same in every run: the statistics belong to the weights alone.
+
+    A last batch of a single image is left out: it has no variance.
+    """
     permutation = torch.randperm(images, generator=seeds.generator(0, "calibration"))
-    return list(permutation[: batches * batch_size].split(min(batch_size, images)))
+    return [batch for batch in permutation[: batches * batch_size].split(batch_size) if len(batch) > 1]
 
 
 def fingerprint(*tensors: Tensor) -> str:

@@ -33,12 +33,13 @@ def digits(device: torch.device) -> TensorDataSet:
     source = load_digits()
     order = np.random.RandomState(0).permutation(len(source.images))
     images = torch.from_numpy(source.images[order]).float().unsqueeze(1)
-    images = (images - 4.884) / 6.017
+    mean, deviation = 4.884, 6.017
+    images = (images - mean) / deviation
     labels = torch.from_numpy(source.target[order]).long()
     train = images[:-DIGITS_TEST_IMAGES], labels[:-DIGITS_TEST_IMAGES]
     test = images[-DIGITS_TEST_IMAGES:], labels[-DIGITS_TEST_IMAGES:]
     # Handwriting mirrored is no digit, so no flip; one pixel of an 8x8 image is a shift as large as 4 of 32.
-    return _in_memory("digits", 10, train, test, Augmentation(padding=1, flip=False), device)
+    return _in_memory("digits", 10, train, test, Augmentation(padding=1, flip=False, background=-mean / deviation), device)
 
 
 def textures(device: torch.device, size: int = 32) -> TensorDataSet:

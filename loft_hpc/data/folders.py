@@ -1,7 +1,8 @@
 """ImageNet and other image folders: `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, decoded by a torchvision loader."""
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,26 +18,25 @@ from loft_hpc.errors import LoftError
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+Key = tuple[str, int, int | None]
+"""(split, image, seed of its random choices); no seed for an image that is not augmented."""
+
+
 class FolderDataSet(DataSet):
     """Images read from disk as they are needed.
 
     Training: a random resized crop of `size` and a flip; otherwise the shorter side resized to size * 256 / 224 and the centre
-    cropped (the usual ImageNet recipe). Loader processes are spawned, since forking beside a running MPI is not safe.
+    cropped (the usual ImageNet recipe).
     """
 
     def __init__(self, name: str, folder: Path, size: int, loader_workers: int, device: torch.device):
-        self._device = device
-        self._workers = loader_workers
-        finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-        centre = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
-        train = _open(name, folder, "train")
-        test = _open(name, folder, "val")
+        train, test = _open(name, folder, "train"), _open(name, folder, "val")
         if train.classes != test.classes:
             raise LoftError(f"{folder}/train and {folder}/val hold different classes: give both the same folders")
-        self._train = _Seeded(train, v2.Compose([v2.ToImage(), *crop, *finish]))
-        self._calibration = _Seeded(train, v2.Compose([v2.ToImage(), *centre, *finish]))
-        self._test = _Seeded(test, v2.Compose([v2.ToImage(), *centre, *finish]))
+        images = _Images({"train": train, "val": test}, size)
+        # Evaluations come in the middle of the training, whose loader goes on reading ahead meanwhile.
+        self._training, self._evaluating = (_Loader(images, loader_workers, device) for _ in range(2))
+        self._stream: tuple[Order, int, Iterator[Batch]] | None = None
         names = hashlib.sha256()
         for split in (train, test):
             for path, _ in split.samples:
@@ -53,58 +53,95 @@ class FolderDataSet(DataSet):
         )
 
     def train_batches(self, order: Order, first_step: int, steps: int) -> Iterator[Batch]:
-        keys = (
-            [(index, seeds.derive(order.seed, "augment", step, order.rank, place)) for place, index in enumerate(batch.tolist())]
-            for step in range(first_step, first_step + steps)
-            for batch in (order.indices(step),)
-        )
-        return self._load(self._train, keys)
+        running, next_step, stream = self._stream or (None, 0, iter(()))
+        if running != order or next_step != first_step:
+            stream = self._training.batches(_training_keys(order, first_step))
+        for step in range(first_step, first_step + steps):
+            self._stream = (order, step + 1, stream)
+            yield next(stream)
 
     def calibration_batches(self, batches: int, batch_size: int, rank: int, size: int) -> Iterator[Batch]:
-        mine = calibration_indices(len(self._train), batches, batch_size)[rank::size]
-        return self._load(self._calibration, ([(index, 0) for index in batch.tolist()] for batch in mine))
+        mine = calibration_indices(self.info.train_images, batches, batch_size)[rank::size]
+        return self._evaluating.batches([("train", index, None) for index in batch.tolist()] for batch in mine)
 
     def test_batches(self, batch_size: int, rank: int, size: int) -> Iterator[Batch]:
-        mine = torch.arange(len(self._test))[rank::size].split(batch_size)
-        return self._load(self._test, ([(index, 0) for index in batch.tolist()] for batch in mine))
+        mine = range(self.info.test_images)[rank::size]
+        starts = range(0, len(mine), batch_size)
+        return self._evaluating.batches([("val", index, None) for index in mine[start : start + batch_size]] for start in starts)
 
-    def _load(self, images: "_Seeded", keys: Iterator[list[tuple[int, int]]]) -> Iterator[Batch]:
-        loader = DataLoader(
+
+def _training_keys(order: Order, first_step: int) -> Iterator[list[Key]]:
+    """The batches of every step from `first_step` on, without end: one loader serves all rounds."""
+    for step in itertools.count(first_step):
+        batch = order.indices(step).tolist()
+        yield [("train", index, seeds.derive(order.seed, "augment", step, order.rank, place)) for place, index in enumerate(batch)]
+
+
+class _Loader:
+    """torch's DataLoader with processes that outlive a pass, since starting them costs seconds.
+
+    They are spawned: forking beside a running MPI is not safe.
+    """
+
+    def __init__(self, images: "_Images", workers: int, device: torch.device):
+        self._device = device
+        self._keys = _Keys()
+        self._loader = DataLoader(
             images,
-            batch_sampler=list(keys),
-            num_workers=self._workers,
+            batch_sampler=self._keys,
+            num_workers=workers,
             collate_fn=_stack,
-            pin_memory=self._device.type == "cuda",
-            multiprocessing_context="spawn" if self._workers else None,
+            pin_memory=device.type == "cuda",
+            multiprocessing_context="spawn" if workers else None,
+            persistent_workers=workers > 0,
             generator=torch.Generator(),  # else it would draw from the global one
         )
-        for batch in loader:
+
+    def batches(self, keys: Iterable[list[Key]]) -> Iterator[Batch]:
+        self._keys.source = keys
+        for batch in self._loader:
             if isinstance(batch, str):
                 raise LoftError(batch)
             pixels, labels = (tensor.to(self._device, non_blocking=True) for tensor in batch)
             yield pixels.contiguous(memory_format=torch.channels_last), labels
 
 
-class _Seeded(Dataset):
-    """Looks up (index, seed): the transform's random choices follow from the seed alone, in whichever process they are made."""
+class _Keys:
+    """The batch sampler of a loader: whatever is to be read next."""
 
-    def __init__(self, source: ImageFolder, transform: v2.Transform):
-        self._source = source
-        self._transform = transform
+    def __init__(self) -> None:
+        self.source: Iterable[list[Key]] = ()
 
-    def __len__(self) -> int:
-        return len(self._source)
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | str:
-        index, seed = key
-        path, label = self._source.samples[index]
+    def __getstate__(self) -> dict:
+        return {}  # worker processes get a copy of the loader's parts and need none of this
+
+
+class _Images(Dataset):
+    """Looks up keys: an image's random choices follow from the key's seed alone, in whichever process they are made."""
+
+    def __init__(self, splits: dict[str, ImageFolder], size: int):
+        self._splits = splits
+        finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        centre = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+        self._augmented = v2.Compose([v2.ToImage(), *crop, *finish])
+        self._plain = v2.Compose([v2.ToImage(), *centre, *finish])
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int] | str:
+        split, index, seed = key
+        path, label = self._splits[split].samples[index]
         try:
-            image = self._source.loader(path)
+            image = self._splits[split].loader(path)
         except (OSError, ValueError, SyntaxError) as problem:  # what Pillow raises for files that are missing, torn, or no images
             return f"the image {path} cannot be read ({problem}): restore or remove it"
+        if seed is None:
+            return self._plain(image), label
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self._transform(image), label
+            return self._augmented(image), label
 
 
 def _stack(samples: list) -> Batch | str:

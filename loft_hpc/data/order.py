@@ -30,8 +30,13 @@ class Order:
     _epochs: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
-        if self.sharing == "split" and self.batch_size < self.size:
-            raise LoftError(f"a global batch of {self.batch_size} cannot be split over {self.size} ranks: raise --batch-size")
+        if self.sharing not in SHARINGS:
+            raise ValueError(f"unknown sharing {self.sharing!r}")
+        smallest = self.batch_size // self.size if self.sharing == "split" else self.batch_size
+        if smallest < 2:
+            raise LoftError(
+                f"--batch-size {self.batch_size} over {self.size} ranks leaves one with {smallest} images, and normalisation needs 2: raise it"
+            )
         if self.steps_per_epoch < 1:
             share = f"a rank's share of {self.images // self.size} images" if self.sharing == "sharded" else f"{self.images} images"
             raise LoftError(f"--batch-size {self.batch_size} is larger than {share}: lower it")

@@ -1,6 +1,6 @@
 """Data sets by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,10 @@ class DataSettings:
     def label(self) -> str:
         """The name as results print it."""
         return "synthetic (random images, no real data)" if self.synthetic else self.dataset
+
+    def at(self, data_dir: str | None) -> "DataSettings":
+        """The same data set in another folder; None leaves it where it is. Nothing is fetched twice."""
+        return self if data_dir is None else replace(self, data_dir=data_dir, download=False)
 
     def __post_init__(self):
         if self.dataset not in DATASET_NAMES:

@@ -29,8 +29,7 @@ class AllGatherExchange:
         self._world = world
         self._layouts = partitioned_layouts(full, groups, world.size)
         self._full = full
-        halves = sub.partitioned.content.numel() // max(1, sub.partitioned.layout.numel)  # 2 where momentum travels along
-        self._counts = [layout.numel * halves for layout in self._layouts]
+        self._counts = [layout.numel * (2 if sub.momentum_travels else 1) for layout in self._layouts]
         device = sub.partitioned.content.device
         # A single worker's buffer is the full state already.
         self._gathered = sub.partitioned.content if world.size == 1 else torch.zeros(sum(self._counts), device=device)
@@ -62,7 +61,7 @@ class AllGatherExchange:
             return
         wanted = new[self._world.rank]
         collect(self._sub.partitioned.views, wanted, self._holdings(old), self._groups)
-        if self._momentum_travels:
+        if self._sub.momentum_travels:
             momenta = self._sub.partitioned.layout.views(self._sub.partitioned.momentum)
             collect(momenta, wanted, self._holdings(old, momentum=True), self._groups)
 
@@ -74,10 +73,6 @@ class AllGatherExchange:
         for name, view in shared.layout.views(shared.momentum if momentum else shared.values).items():
             merged[name] = view.clone()
         return merged
-
-    @property
-    def _momentum_travels(self) -> bool:
-        return self._sub.partitioned.content.numel() != self._sub.partitioned.layout.numel
 
     def _holdings(self, deal: Deal, momentum: bool = False) -> list[Holding]:
         holdings, offset = [], 0

@@ -26,6 +26,7 @@ class SubNetwork:
         widths = {group.name: shares(group.width, workers)[worker] for group in groups}
         self.network = build(architecture, widths).to(device, memory_format=torch.channels_last)
         self.groups = groups
+        self.momentum_travels = momentum_travels
         members = member_names(groups)
         names = [name for name, _ in self.network.named_parameters()]
         self.partitioned = ParameterBuffer(named_subset(self.network, members), momentum_travels)

@@ -29,7 +29,10 @@ def run_cost(path: Path) -> RunCost:
     if settings.strategy != "loft":
         raise LoftError(f"{path} was trained with --strategy {settings.strategy}: the formula is LoFT's")
     ledgers = run.read_ledgers()
-    rounds = math.ceil(run.description["total_steps"] / settings.loft.local_iterations)
+    total_steps = run.description.get("total_steps")
+    if not isinstance(total_steps, int):
+        raise LoftError(f"{path / 'run.json'} does not say how many steps were made: restore it")
+    rounds = math.ceil(total_steps / settings.loft.local_iterations)
     divided = division(run.architecture, settings.loft.partition)
     formula = loft_bytes(divided, len(ledgers), rounds, settings.loft.momentum_across_rounds == "carry")
     return RunCost(path, len(ledgers), rounds, divided, formula, exchanged_bytes(ledgers))

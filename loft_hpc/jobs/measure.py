@@ -15,7 +15,7 @@ from loft_hpc.comm.world import World
 from loft_hpc.data.registry import DataSettings, open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.pretrain import settings_of
-from loft_hpc.jobs.retrain import RetrainSettings, rewind_epoch, ticket_data
+from loft_hpc.jobs.retrain import RetrainSettings, snapshot_epoch, ticket_data, ticket_evaluation
 from loft_hpc.jobs.settings import from_json
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups
@@ -68,7 +68,9 @@ def open_subject(path: Path) -> Subject:
     """A pretraining run, a retraining run, or a ticket. Raises LoftError where `path` is none of them."""
     if (path / "ticket.json").is_file():
         ticket = Ticket.read(path)
-        return Subject(path, "ticket", ticket.architecture, ticket.hidden_widths, ticket.state, ticket_data(ticket), Evaluation())
+        return Subject(
+            path, "ticket", ticket.architecture, ticket.hidden_widths, ticket.state, ticket_data(ticket), ticket_evaluation(ticket)
+        )
     if not (path / "run.json").is_file():
         raise LoftError(f"{path} is neither a run nor a ticket: give a folder that loft pretrain, prune or retrain printed")
     run = Run.open(path)
@@ -88,8 +90,7 @@ def measure(paths: Sequence[Path], data_dir: str | None, batch_size: int, repeti
     chosen_device, _ = place(device, "float32", world)
     results = []
     for subject in subjects:
-        settings = subject.data if data_dir is None else DataSettings(**(vars(subject.data) | {"data_dir": data_dir}))
-        data = open_data(settings, chosen_device, world)
+        data = open_data(subject.data.at(data_dir), chosen_device, world)
         network = network_for(subject.architecture, subject.hidden_widths, subject.state, chosen_device, str(subject.path))
         scored = judge(network, data, subject.evaluation, world)
         size = network_size(subject.architecture, subject.hidden_widths, data.info.image_size)
@@ -120,6 +121,8 @@ def distances(path: Path, reference: str, norm: str) -> list[Distances]:
     groups = filter_groups(subject.architecture)
     if reference == "final":
         run = Run.open(path)
+        if not run.snapshot_epochs():
+            raise LoftError(f"{path} has no snapshots to compare with its final network")
         snapshots = {f"epoch {epoch}": run.read_snapshot(epoch) for epoch in run.snapshot_epochs()}
         return [Distances(label, network_distance(state, subject.state, groups, norm)) for label, state in snapshots.items()]
     other = _reference_state(path, reference)
@@ -128,7 +131,7 @@ def distances(path: Path, reference: str, norm: str) -> list[Distances]:
 
 def _reference_state(path: Path, reference: str) -> dict[str, Tensor]:
     if reference == "init" or reference.startswith("epoch:"):
-        return Run.open(path).read_snapshot(rewind_epoch(reference) or 0)
+        return Run.open(path).read_snapshot(snapshot_epoch(reference, "--distance-to"))
     if reference.endswith(".safetensors"):
         return read_tensors(Path(reference))
     return open_subject(Path(reference)).state

@@ -1,22 +1,22 @@
 """`loft pretrain`: settings in, a run on disk out."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loft_hpc import seeds
+from loft_hpc.analysis.commcost import division
 from loft_hpc.comm.world import World
 from loft_hpc.data.order import Order
-from loft_hpc.data.registry import DataSettings, open_data
+from loft_hpc.data.registry import DataSettings
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.loft import Loft, LoftSettings
-from loft_hpc.jobs.settings import from_json, to_json
+from loft_hpc.jobs.settings import from_json
+from loft_hpc.jobs.training_run import destination, prepare, train_into
 from loft_hpc.models.architecture import architecture
-from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.models.resnet import build
-from loft_hpc.runs.run import Run, default_path
+from loft_hpc.runs.run import Run
 from loft_hpc.training.dataparallel import DataParallel
-from loft_hpc.training.device import place
-from loft_hpc.training.session import Outcome, Session, Watcher
+from loft_hpc.training.session import Outcome, Watcher
 from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 from loft_hpc.training.strategy import Strategy
 
@@ -60,47 +60,31 @@ class PretrainSettings:
 def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world: World, watcher: Watcher) -> tuple[Path, Outcome]:
     """Train, and leave a complete run at `path` (by default under runs/). Collective: every rank calls it.
 
-    With `resume`, a run at `path` is continued from its newest checkpoint; where there is none yet, one is started.
+    With `resume`, a run at `path` is continued from its newest checkpoint; where there is none yet, one is started, and one that is
+    done is left as it is.
     """
-    if path is None:
-        path = world.on_root(lambda: default_path(settings.model, settings.data.dataset, settings.strategy, world.size))
-    going_on = resume and world.on_root(lambda: (path / "run.json").exists())
-    device, placement = place(settings.computation.device, settings.computation.precision, world)
-    data = open_data(settings.data, device, world)
-    network = architecture(settings.model, data.info.num_classes, data.info.channels, data.info.stem, settings.widen)
+    where = destination(path, resume, (settings.model, settings.data.dataset, settings.strategy), world)
+    if where.finished:
+        return where.path, where.finished
+    workplace = prepare(settings, world)
+    info, device, precision = workplace.data.info, workplace.device, settings.computation.precision
+    network = architecture(settings.model, info.num_classes, info.channels, info.stem, settings.widen)
     sharing = "split" if settings.strategy == "data-parallel" else "sharded" if settings.loft.shard_data else "replicated"
-    order = Order(sharing, data.info.train_images, settings.batch_size, settings.seed, world.rank, world.size)
+    order = Order(sharing, info.train_images, settings.batch_size, settings.seed, world.rank, world.size)
     total_steps = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * order.steps_per_epoch
-
-    initial = build(network, seed=seeds.derive(settings.seed, "init"))
-    # Parameters alone: LoFT keeps no statistics, and every evaluation makes its own.
-    state = {name: parameter.detach() for name, parameter in initial.named_parameters()}
-    common = (settings.optimisation, data, order, total_steps)
+    # Parameters alone: nothing keeps statistics, and every evaluation makes its own.
+    initial = {name: tensor.detach() for name, tensor in build(network, seed=seeds.derive(settings.seed, "init")).named_parameters()}
+    parameters = sum(tensor.numel() for tensor in initial.values())
+    common = (settings.optimisation, workplace.data, order, total_steps)
     strategy: Strategy
     if settings.strategy == "loft":
-        strategy = Loft(
-            network, state, settings.loft, *common, seed=settings.seed, precision=settings.computation.precision, device=device, world=world
-        )
+        strategy = Loft(network, initial, settings.loft, *common, settings.seed, precision, device, world)
+        divided = division(network, settings.loft.partition)
+        details = {"parameters": parameters, "partitioned_parameters": divided.partitioned, "shared_parameters": divided.shared}
     else:
-        strategy = DataParallel(network, None, state, *common, precision=settings.computation.precision, device=device, world=world)
-
-    placements = world.gather_objects(placement)
-    details = {
-        "architecture": network.to_json(),
-        "seed": settings.seed,
-        "world_size": world.size,
-        "placement": [asdict(each) for each in placements],
-        "data": data.info.to_json(),
-        "total_steps": total_steps,
-        "steps_per_epoch": order.steps_per_epoch,
-        **_parameter_counts(strategy, settings, state, network),
-    }
-    checkpoint = Run.open(path).read_checkpoint() if going_on else None
-    run = world.on_root(lambda: Run.create_or_resume(path, going_on, "pretrain", to_json(settings), details))
-    session = Session(
-        strategy, network, None, data, settings.optimisation, settings.evaluation, settings.snapshot_every, run, world, device, watcher
-    )
-    return path, session.run(checkpoint)
+        strategy = DataParallel(network, None, initial, *common, precision, device, world)
+        details = {"parameters": parameters}
+    return where.path, train_into(where, "pretrain", strategy, settings, network, None, details, order, workplace, world, watcher)
 
 
 def settings_of(run: Run) -> PretrainSettings:
@@ -108,13 +92,3 @@ def settings_of(run: Run) -> PretrainSettings:
     if run.description.get("kind") != "pretrain":
         raise LoftError(f"{run.path} is no pretraining run: give the folder that `loft pretrain` printed")
     return from_json(PretrainSettings, run.configuration)
-
-
-def _parameter_counts(strategy: Strategy, settings: PretrainSettings, state: dict, network) -> dict:
-    """Parameters of the full network, and how LoFT divides them."""
-    total = sum(tensor.numel() for tensor in state.values())
-    if settings.strategy != "loft":
-        return {"parameters": total}
-    dealt = {name for group in partitioned_groups(filter_groups(network), settings.loft.partition) for name, _ in group.members}
-    partitioned = sum(tensor.numel() for name, tensor in state.items() if name in dealt)
-    return {"parameters": total, "partitioned_parameters": partitioned, "shared_parameters": total - partitioned}

@@ -38,7 +38,9 @@ def prunable_groups(groups: Sequence[FilterGroup], blocks: str) -> list[FilterGr
     return [group for group in groups if not group.name.endswith(".0")]
 
 
-def prune(path: Path, prunings: Sequence[Pruning], blocks: str, name: str | None, device: str, world: World) -> list[Pruned]:
+def prune(
+    path: Path, prunings: Sequence[Pruning], blocks: str, name: str | None, data_dir: str | None, device: str, world: World
+) -> list[Pruned]:
     """Make a ticket for each pruning, from the run's final network. Collective. Nothing is written if one name is taken already."""
     if name and len(prunings) > 1:
         raise LoftError("--name names one ticket: give one --ratio with it", usage=True)
@@ -47,7 +49,7 @@ def prune(path: Path, prunings: Sequence[Pruning], blocks: str, name: str | None
     architecture, state = run.architecture, run.read_model()
     chosen_device, _ = place(device, "float32", world)
     network_for(architecture, None, state, chosen_device, str(run.model_path))
-    data = open_data(settings.data, chosen_device, world)
+    data = open_data(settings.data.at(data_dir), chosen_device, world)
     groups = filter_groups(architecture)
     pruned_groups = prunable_groups(groups, blocks)
     dense = network_size(architecture, None, data.info.image_size)
@@ -62,6 +64,7 @@ def prune(path: Path, prunings: Sequence[Pruning], blocks: str, name: str | None
             "run": run.path.name,
             "drawn_from": "model.safetensors",
             "data": to_json(settings.data),
+            "evaluation": to_json(settings.evaluation),
             "seed_of_run": settings.seed,
         }
         folder = run.path / "tickets" / (name or ticket_name(pruning, blocks))

@@ -1,21 +1,22 @@
 """`loft retrain`: a ticket in, a run with its retrained network out."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from loft_hpc.comm.world import World
 from loft_hpc.data.order import Order
-from loft_hpc.data.registry import DataSettings, open_data
+from loft_hpc.data.registry import DataSettings
 from loft_hpc.errors import LoftError
-from loft_hpc.jobs.settings import from_json, to_json
-from loft_hpc.runs.run import Run, default_path
+from loft_hpc.jobs.settings import from_json
+from loft_hpc.jobs.training_run import destination, prepare, train_into
+from loft_hpc.models.groups import parameters_of
+from loft_hpc.runs.run import Run
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.dataparallel import DataParallel
-from loft_hpc.training.device import place
-from loft_hpc.training.session import Outcome, Session, Watcher
+from loft_hpc.training.session import Outcome, Watcher
 from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 
 LEARNING_RATE = 0.03
@@ -39,35 +40,31 @@ class RetrainSettings:
     computation: Computation = field(default_factory=Computation)
 
     def __post_init__(self):
-        rewind_epoch(self.rewind)
+        if self.rewind != "none":
+            snapshot_epoch(self.rewind, "--rewind")
         if self.epochs < 1 or self.batch_size < 1:
             raise LoftError("--epochs and --batch-size must be at least 1", usage=True)
         if self.seed < 0 or self.snapshot_every < 0:
             raise LoftError("--seed and --snapshot-every must be 0 or more", usage=True)
 
 
-def rewind_epoch(rewind: str) -> int | None:
-    """The pretraining epoch that a --rewind names; None for no rewinding. `init` is epoch 0."""
-    if rewind == "none":
-        return None
-    if rewind == "init":
-        return 0
-    match = re.fullmatch(r"epoch:(\d{1,6})", rewind)
+def snapshot_epoch(name: str, option: str) -> int:
+    """The pretraining epoch that `init` (0) or `epoch:K` names. Raises LoftError, naming the option, for anything else."""
+    match = re.fullmatch(r"init|epoch:(\d{1,6})", name)
     if not match:
-        raise LoftError(f"--rewind {rewind} is not known: give none, init or epoch:K with a whole number K", usage=True)
-    return int(match[1])
+        raise LoftError(f"{option} {name} is not known: epochs are named init or epoch:K with a whole number K", usage=True)
+    return int(match[1] or 0)
 
 
 def starting_weights(ticket: Ticket, rewind: str) -> dict[str, Tensor]:
     """The ticket's parameters at the point that `rewind` names. Raises LoftError where the run has no such snapshot."""
-    epoch = rewind_epoch(rewind)
-    if epoch is None:
-        return {name: tensor for name, tensor in ticket.state.items() if _is_parameter(name)}
+    if rewind == "none":
+        return parameters_of(ticket.state)
     if not (ticket.run_path / "run.json").is_file():
         raise LoftError(
             f"{ticket.path} does not lie in its run any more (RUN/tickets/NAME), so there is nothing to rewind to: move it back"
         )
-    return ticket.slice(Run.open(ticket.run_path).read_snapshot(epoch))
+    return ticket.slice(Run.open(ticket.run_path).read_snapshot(snapshot_epoch(rewind, "--rewind")))
 
 
 def ticket_data(ticket: Ticket) -> DataSettings:
@@ -75,46 +72,42 @@ def ticket_data(ticket: Ticket) -> DataSettings:
     return from_json(DataSettings, ticket.provenance.get("data", {}))
 
 
+def ticket_evaluation(ticket: Ticket) -> Evaluation:
+    """How the ticket's run was judged, and so the ticket."""
+    return from_json(Evaluation, ticket.provenance.get("evaluation", {}))
+
+
 def retrain(
     ticket: Ticket, settings: RetrainSettings, path: Path | None, resume: bool, world: World, watcher: Watcher
 ) -> tuple[Path, Outcome]:
-    """Train a ticket data-parallel over all ranks, and leave a complete run at `path`. Collective."""
-    if path is None:
-        path = world.on_root(lambda: default_path(ticket.architecture.model, settings.data.dataset, "retrain", world.size))
-    going_on = resume and world.on_root(lambda: (path / "run.json").exists())
-    device, placement = place(settings.computation.device, settings.computation.precision, world)
-    data = open_data(settings.data, device, world)
-    if data.info.num_classes != ticket.architecture.num_classes or data.info.channels != ticket.architecture.in_channels:
+    """Train a ticket data-parallel over all ranks, and leave a complete run at `path`. Collective. `resume` is as for `pretrain`."""
+    where = destination(path, resume, (ticket.architecture.model, settings.data.dataset, "retrain"), world)
+    if where.earlier:
+        _refuse_other_ticket(where.earlier, ticket)
+    if where.finished:
+        return where.path, where.finished
+    workplace = prepare(settings, world)
+    info, network = workplace.data.info, ticket.architecture
+    if (info.num_classes, info.channels) != (network.num_classes, network.in_channels):
         raise LoftError(
-            f"{data.info.name} has {data.info.num_classes} classes and {data.info.channels} channels, the ticket's network "
-            f"{ticket.architecture.num_classes} and {ticket.architecture.in_channels}: retrain it on the data it was found on"
+            f"{info.name} has {info.num_classes} classes and {info.channels} channels, the ticket's network {network.num_classes} "
+            f"and {network.in_channels}: retrain it on the data it was found on"
         )
-    order = Order("split", data.info.train_images, settings.batch_size, settings.seed, world.rank, world.size)
-    total_steps = settings.epochs * order.steps_per_epoch
+    order = Order("split", info.train_images, settings.batch_size, settings.seed, world.rank, world.size)
     strategy = DataParallel(
-        ticket.architecture, ticket.hidden_widths, starting_weights(ticket, settings.rewind), settings.optimisation, data, order,
-        total_steps, settings.computation.precision, device, world,
+        network, ticket.hidden_widths, starting_weights(ticket, settings.rewind), settings.optimisation, workplace.data, order,
+        settings.epochs * order.steps_per_epoch, settings.computation.precision, workplace.device, world,
     )  # fmt: skip
-    placements = world.gather_objects(placement)
     details = {
-        "architecture": ticket.architecture.to_json(),
         "hidden_widths": ticket.hidden_widths,
-        "ticket": {"path": str(ticket.path), **ticket.provenance},
-        "seed": settings.seed,
-        "world_size": world.size,
-        "placement": [asdict(each) for each in placements],
-        "data": data.info.to_json(),
-        "total_steps": total_steps,
-        "steps_per_epoch": order.steps_per_epoch,
+        "ticket": {"path": str(ticket.path), "sha256": ticket.fingerprint, **ticket.provenance},
     }
-    checkpoint = Run.open(path).read_checkpoint() if going_on else None
-    run = world.on_root(lambda: Run.create_or_resume(path, going_on, "retrain", to_json(settings), details))
-    session = Session(
-        strategy, ticket.architecture, ticket.hidden_widths, data, settings.optimisation, settings.evaluation,
-        settings.snapshot_every, run, world, device, watcher,
-    )  # fmt: skip
-    return path, session.run(checkpoint)
+    outcome = train_into(where, "retrain", strategy, settings, network, ticket.hidden_widths, details, order, workplace, world, watcher)
+    return where.path, outcome
 
 
-def _is_parameter(name: str) -> bool:
-    return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+def _refuse_other_ticket(run: Run, ticket: Ticket) -> None:
+    """A run goes on with the ticket that it was started with."""
+    own = run.description.get("ticket", {})
+    if own.get("sha256") != ticket.fingerprint:
+        raise LoftError(f"{run.path} retrains another ticket, {own.get('path')}: resume it with that one")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from loft_hpc.errors import LoftError
 
@@ -11,6 +11,7 @@ IMAGENET_WIDTHS = (64, 128, 256, 512)
 CIFAR_WIDTHS = (16, 32, 64)
 CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 STEMS = ("cifar", "imagenet")
+MAX_WIDEN = 64
 
 MODEL_NAMES = (
     *(f"{family}{depth}" for family in ("resnet", "preresnet", "wideresnet") for depth in IMAGENET_BLOCKS),
@@ -64,8 +65,8 @@ class Architecture:
             raise LoftError(f"unknown stem '{self.stem}': choose one of {', '.join(STEMS)}")
         if len(self.blocks) != len(self.widths) or not self.blocks:
             raise LoftError(f"{len(self.blocks)} stages of blocks and {len(self.widths)} widths do not fit together")
-        if not self.widen > 0 or min(self.hidden_widths().values()) < 1:
-            raise LoftError(f"--widen {self.widen:g} leaves a block without hidden filters: use a larger factor")
+        if not (0 < self.widen <= MAX_WIDEN) or min(self.hidden_widths().values()) < 1:
+            raise LoftError(f"--widen {self.widen:g} must leave every block a hidden filter, and be at most {MAX_WIDEN}")
 
     def block_shapes(self) -> Iterator[BlockShape]:
         """The residual blocks in forward order."""
@@ -79,10 +80,6 @@ class Architecture:
     def hidden_widths(self) -> dict[str, int]:
         """Hidden filters of each block, by the block's name."""
         return {block.name: int(block.out_channels * self.widen) for block in self.block_shapes()}
-
-    def for_classes(self, num_classes: int) -> "Architecture":
-        """The same network with another number of outputs."""
-        return replace(self, num_classes=num_classes)
 
     def to_json(self) -> dict:
         return asdict(self)

@@ -93,6 +93,11 @@ def member_names(groups: Sequence[FilterGroup]) -> set[str]:
     return {name for group in groups for name, _ in group.members}
 
 
+def parameters_of(state: State) -> dict[str, Tensor]:
+    """A state without normalisation statistics."""
+    return {name: tensor for name, tensor in state.items() if not name.endswith((*_STATISTICS, "num_batches_tracked"))}
+
+
 def collect(target: State, wanted: Selection, holdings: Sequence[Holding], groups: Sequence[FilterGroup]) -> None:
     """Fill the grouped entries of `target` with the `wanted` filters, each taken from the holding that has it.
 

@@ -84,7 +84,7 @@ def read_json(path: Path) -> dict:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file with a SHA-256 over names and contents in its metadata, written atomically."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, to_safetensors(ready, metadata={"sha256": _checksum(ready)}))
+    write_atomically(path, to_safetensors(ready, metadata={"sha256": checksum(ready)}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -99,15 +99,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise LoftError(
             f"{path} is truncated or no safetensors file ({str(problem).splitlines()[0]}): restore it or make it anew"
         ) from None
-    if expected != _checksum(tensors):
+    if expected != checksum(tensors):
         raise LoftError(f"{path} was altered after it was written (its checksum does not fit): restore it or make it anew")
     return tensors
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and contents."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

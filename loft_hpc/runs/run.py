@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import loft_hpc
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.runs.files import publish_folder, read_json, read_tensors, write_json, write_tensors
+from loft_hpc.runs.files import publish_folder, read_json, read_tensors, write_atomically, write_json, write_tensors
 
 KEPT_CHECKPOINTS = 2
 _PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
@@ -87,6 +86,7 @@ class Run:
         if not going_on:
             return cls.create(path, kind, configuration, details)
         run = cls.open(path)
+        run.description.pop("failure", None)
         run._update(status="running", ended=None, resumed=[*run.description.get("resumed", []), _now()])
         return run
 
@@ -159,6 +159,13 @@ class Run:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"event": event, **fields}) + "\n")
 
+    def forget_after(self, step: int) -> None:
+        """Drop from metrics.jsonl what happened after `step`, which a resumed run does again."""
+        log = self.path / "metrics.jsonl"
+        if log.exists():
+            kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_atomically(log, "".join(kept).encode())
+
     def write_ledger(self, ledgers: list[Ledger]) -> None:
         """ledger.json: the ranks' ledgers and their sum."""
         total = Ledger()
@@ -191,9 +198,11 @@ class Run:
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
-    def read_checkpoint(self) -> "Checkpoint":
-        """The newest checkpoint that is whole. Raises LoftError where there is none."""
-        problem = f"{self.path} has no checkpoint"
+    def read_checkpoint(self) -> "Checkpoint | None":
+        """The newest checkpoint that is whole; None for a run that was ended before its first. Raises LoftError if all are broken."""
+        if not self._checkpoints():
+            return None
+        problem = ""
         for folder in reversed(self._checkpoints()):
             try:
                 progress = read_json(folder / "progress.json")
@@ -206,7 +215,8 @@ class Run:
         raise LoftError(f"nothing to resume from: {problem}")
 
     def _checkpoints(self) -> list[Path]:
-        return sorted(folder for folder in (self.path / "checkpoints").glob("[0-9]*") if folder.is_dir())
+        found = [folder for folder in (self.path / "checkpoints").glob("*") if folder.name.isdigit() and folder.is_dir()]
+        return sorted(found, key=lambda folder: int(folder.name))
 
 
 @dataclass(frozen=True)
@@ -234,14 +244,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "missing"
     return found
-
-
-class Stopwatch:
-    """Wall time since it was made, in seconds."""
-
-    def __init__(self):
-        self._start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start

@@ -1,7 +1,7 @@
 """Ways to choose the filters that stay."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,11 +68,14 @@ def random(state: State, groups: Sequence[FilterGroup], pruning: Pruning) -> Sel
     """Keep as many filters of each group as `magnitude` in the layer scope would, drawn uniformly."""
     if pruning.scope != "layer":
         raise LoftError("random tickets have the same ratio in every group: leave --scope global away", usage=True)
-    draw = np.random.default_rng(seeds.derive(pruning.seed, "ticket"))
-    return {
-        group.name: torch.from_numpy(np.sort(draw.permutation(group.width)[removed_count(group.width, pruning.ratio) :]))
-        for group in groups
-    }
+    counts = {group.name: range(group.width - removed_count(group.width, pruning.ratio)) for group in groups}
+    return draw_like(counts, groups, pruning.seed)
+
+
+def draw_like(like: Mapping[str, Sized], groups: Sequence[FilterGroup], seed: int) -> Selection:
+    """As many filters of every group as `like` has, drawn uniformly."""
+    draw = np.random.default_rng(seeds.derive(seed, "ticket"))
+    return {group.name: torch.from_numpy(np.sort(draw.permutation(group.width)[: len(like[group.name])])) for group in groups}
 
 
 def _largest(scores: np.ndarray, count: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups, slice_state
-from loft_hpc.runs.files import publish_folder, read_json, read_tensors, write_json, write_tensors
+from loft_hpc.runs.files import checksum, publish_folder, read_json, read_tensors, write_json, write_tensors
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Ticket:
     def run_path(self) -> Path:
         """The run that the ticket lies in: RUN/tickets/NAME."""
         return self.path.resolve().parent.parent
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights and, through their shapes, the widths: what tells one ticket from another."""
+        return checksum(self.state)
 
     def slice(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This ticket's part of another state of the full network, for instance its initialisation."""
@@ -75,9 +80,9 @@ class Ticket:
         description = read_json(path / "ticket.json")
         try:
             architecture = Architecture.from_json(description.pop("architecture"))
-            widths = description.pop("hidden_widths")
-        except KeyError as problem:
-            raise LoftError(f"{path / 'ticket.json'} lacks {problem}: restore it or prune again") from None
+            widths = dict(description.pop("hidden_widths"))
+        except (KeyError, TypeError, ValueError) as problem:
+            raise LoftError(f"{path / 'ticket.json'} lacks its network or widths ({problem}): restore it or prune again") from None
         masks = read_tensors(path / "mask.safetensors")
         selection = {}
         for group in filter_groups(architecture):

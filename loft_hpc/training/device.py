@@ -33,11 +33,18 @@ def place(wanted: str, precision: str, world: World) -> tuple[torch.device, Plac
     if precision == "bfloat16" and not gpus:
         raise LoftError("--precision bfloat16 is for GPUs: leave it away on a CPU")
     device = torch.device("cuda", world.local_rank % gpus) if gpus else torch.device("cpu")
-    direct = bool(gpus) and world.nccl and world.local_size <= gpus
+    direct = _gpus_to_themselves(device, world) and world.nccl
     world.use_device(device, direct)
     threads = _share_of_cores(world)
     torch.set_num_threads(threads)
     return device, Placement(str(device), threads, gpus, bool(gpus) and not direct)
+
+
+def _gpus_to_themselves(device: torch.device, world: World) -> bool:
+    """Whether every rank of the job has a GPU that no other rank uses: NCCL refuses two ranks on one, and all must do alike."""
+    mine = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    gpus = world.gather_objects(mine)
+    return None not in gpus and len(set(gpus)) == len(gpus)
 
 
 def _share_of_cores(world: World) -> int:
@@ -45,9 +52,7 @@ def _share_of_cores(world: World) -> int:
 
     Serves bound ranks (each with cores of its own) and unbound ones (all sharing the machine) alike.
     """
-    chosen = threads_chosen_by_user()
-    if chosen:
-        return chosen
     host, mine = os.uname().nodename, os.sched_getaffinity(0)
     claims = Counter(core for name, cores in world.gather_objects((host, mine)) if name == host for core in cores)
-    return max(1, int(sum(1 / claims[core] for core in mine) + 1e-6))
+    share = max(1, int(sum(1 / claims[core] for core in mine) + 1e-6))
+    return threads_chosen_by_user() or share

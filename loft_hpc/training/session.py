@@ -1,6 +1,7 @@
 """From the first step to the last: epochs, evaluation, snapshots, checkpoints and the log, whatever the strategy."""
 
 import math
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.runs.run import Checkpoint, Run, Stopwatch
+from loft_hpc.runs.run import Checkpoint, Run
 from loft_hpc.training.evaluation import Score, judge, network_for
 from loft_hpc.training.settings import Evaluation, Optimisation
 from loft_hpc.training.strategy import Strategy
@@ -23,7 +24,7 @@ from loft_hpc.training.strategy import Strategy
 class Watcher(Protocol):
     """Who is told of the progress: the command line, or nobody."""
 
-    def started(self, total_steps: int, done_steps: int) -> None: ...
+    def started(self, path: str, total_steps: int, done_steps: int) -> None: ...
 
     def advanced(self, step: int, loss: float) -> None: ...
 
@@ -35,9 +36,22 @@ class Outcome:
     """What a session achieved, the same on every rank."""
 
     score: Score
-    state: dict[str, Tensor]
-    """The final network, statistics included."""
     wall_seconds: float
+    """Of the training with its evaluations, over all legs of a run that was interrupted."""
+
+
+class _Clock:
+    """Wall time since the training began, in seconds."""
+
+    def __init__(self) -> None:
+        self.start_at(0.0)
+
+    def start_at(self, seconds: float) -> None:
+        self._start = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
 
 
 class Session:
@@ -50,16 +64,20 @@ class Session:
     ):  # fmt: skip
         self._strategy, self._data, self._world, self._watcher = strategy, data, world, watcher
         self._run = run if world.rank == 0 else None
+        self._path = run.path
         self._optimisation, self._evaluation, self._snapshot_every = optimisation, evaluation, snapshot_every
         # One full network for evaluations, filled anew each time.
         self._network = network_for(architecture, hidden_widths, strategy.full_state(), device, "the initial state")
         self._step = 0
+        self._clock = _Clock()
 
     def run(self, checkpoint: Checkpoint | None = None) -> Outcome:
         """Train, from the beginning or from a checkpoint. Collective."""
         with self._run.failures_recorded() if self._run else nullcontext():
             if checkpoint:
                 self._resume(checkpoint)
+            if self._run:
+                self._run.forget_after(self._step if checkpoint else -1)
             outcome = self._train()
         if self._run:
             score = outcome.score
@@ -69,22 +87,21 @@ class Session:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Continue where a checkpoint left off, its ledger included."""
-        if len(checkpoint.ledgers) != self._world.size:
-            raise LoftError(f"the run was started with {len(checkpoint.ledgers)} ranks: resume it with as many, not {self._world.size}")
         self._strategy.restore(checkpoint)
         self._world.ledger = Ledger()
         self._world.ledger.add(checkpoint.ledgers[self._world.rank])
         self._step = checkpoint.step
+        self._clock.start_at(float(checkpoint.progress.get("wall_seconds", 0)))
 
     def _train(self) -> Outcome:
         strategy, total = self._strategy, self._strategy.total_steps
         per_epoch = strategy.steps_per_epoch
         epochs = math.ceil(total / per_epoch)
-        watch = Stopwatch()
-        self._watcher.started(total, self._step)
+        watch = self._clock
+        self._watcher.started(str(self._path), total, self._step)
         if self._step == 0 and self._run:
             self._run.write_snapshot(0, strategy.full_state())
-        score, losses, exchange_seconds, begun, epoch_step = None, 0.0, 0.0, 0.0, self._step
+        score, losses, exchange_seconds, begun, epoch_step = None, 0.0, 0.0, watch.seconds, self._step
         epoch_end = (self._step // per_epoch + 1) * per_epoch
         while self._step < total:
             done = strategy.advance()
@@ -111,11 +128,10 @@ class Session:
         if score is None:  # resumed at the very end
             score = self._judge(strategy.full_state())
         ledgers = self._world.gather_objects(self._world.ledger)
-        state = {name: tensor.detach().clone() for name, tensor in self._network.state_dict().items()}
         if self._run:
             self._run.write_ledger(ledgers)
-            self._run.write_model(state)
-        return Outcome(score, state, watch.seconds)
+            self._run.write_model(self._network.state_dict())
+        return Outcome(score, watch.seconds)
 
     def _end_of_epoch(self, epoch: int, last: bool) -> Score | None:
         """Evaluation, snapshot and checkpoint, each when it is due."""
@@ -131,6 +147,7 @@ class Session:
         if self._run:
             if last or (self._snapshot_every and epoch % self._snapshot_every == 0):
                 self._run.write_snapshot(epoch, state)
+            progress = progress | {"wall_seconds": self._clock.seconds}
             self._run.write_checkpoint(Checkpoint(self._step, tensors, ledgers, progress))
         return score
 

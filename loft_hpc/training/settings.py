@@ -71,5 +71,6 @@ class Evaluation:
 
     def __post_init__(self):
         for name in ("evaluate_every", "evaluation_batch", "statistics_batches", "statistics_batch"):
-            if getattr(self, name) < 1:
-                raise LoftError(f"--{name.replace('_', '-')} must be at least 1", usage=True)
+            least = 2 if name == "statistics_batch" else 1  # one image has no variance
+            if getattr(self, name) < least:
+                raise LoftError(f"--{name.replace('_', '-')} must be at least {least}", usage=True)

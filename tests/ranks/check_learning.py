@@ -7,16 +7,14 @@ equal size 58 to 62 %. The margins below leave room for other processors' roundi
 
 import statistics
 
-import numpy as np
 import pytest
-import torch
 
 from loft_hpc.cli.main import run
 from loft_hpc.data.registry import open_data
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.models.groups import filter_groups, slice_state
 from loft_hpc.runs.run import Run
-from loft_hpc.tickets.finders import Pruning, magnitude, random
+from loft_hpc.tickets.finders import Pruning, draw_like, magnitude, random
 from loft_hpc.training.evaluation import judge, network_for
 
 from tiny import CPU
@@ -78,12 +76,7 @@ def test_largest_filters_beat_others_in_the_same_number_per_block_by_two_points(
     """What the ranking finds is more than how many filters each block needs."""
     groups = filter_groups(trained.architecture)
     largest = magnitude(trained.read_model(), groups, Pruning(RATIO, scope="global"))
-
-    def shuffled(seed: int) -> dict[str, torch.Tensor]:
-        draw = np.random.RandomState(seed)
-        return {group.name: torch.from_numpy(np.sort(draw.permutation(group.width)[: len(largest[group.name])])) for group in groups}
-
-    assert score(largest) >= statistics.mean(score(shuffled(seed)) for seed in DRAWS) + 2
+    assert score(largest) >= statistics.mean(score(draw_like(largest, groups, seed)) for seed in DRAWS) + 2
 
 
 def test_largest_filters_beat_the_smallest_by_two_points(trained, score):

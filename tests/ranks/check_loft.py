@@ -42,11 +42,20 @@ def test_learning_rate_0_leaves_every_bit(world, rule, momentum):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def named_momentum(training) -> dict[str, torch.Tensor]:
+    """Momentum of a rank's own sub-network, by the parameters' names."""
+    return {
+        name: view.clone()
+        for buffer in (training._sub.shared, training._sub.partitioned)
+        for name, view in buffer.layout.views(buffer.momentum).items()
+    }
+
+
 @RULES
-@pytest.mark.parametrize("pre_activation", [False, True])
-def test_exchange_equals_an_oracle_in_numpy(world, rule, pre_activation):
+@pytest.mark.parametrize(("pre_activation", "momentum"), [(False, "reset"), (True, "reset"), (False, "carry")])
+def test_exchange_equals_an_oracle_in_numpy(world, rule, pre_activation, momentum):
     """Gather every rank's sub-network with mpi4py, merge it by hand, and compare with what the exchange made of it."""
-    training = make_loft(world, tiny(pre_activation), partition=rule)
+    training = make_loft(world, tiny(pre_activation), partition=rule, momentum_across_rounds=momentum)
     groups = {group.name: group for group in training.groups}
     dimension = {name: (group, d) for group in groups.values() for name, d in group.members}
     for number in range(3):
@@ -55,6 +64,7 @@ def test_exchange_equals_an_oracle_in_numpy(world, rule, pre_activation):
 
         def spy(exchange=exchange, seen=before_exchange):
             seen.update({name: parameter.detach().clone() for name, parameter in training._sub.network.named_parameters()})
+            seen.update({f"momentum/{name}": tensor for name, tensor in named_momentum(training).items()})
             exchange()
 
         training._exchange.run = spy
@@ -62,9 +72,15 @@ def test_exchange_equals_an_oracle_in_numpy(world, rule, pre_activation):
         training.advance()
         training._exchange.run = exchange
         parts = everybodys(world, before_exchange)
-        for name, tensor in training.full_state().items():
-            if name in dimension:
-                group, along = dimension[name]
+        results = training.full_state()
+        if momentum == "carry":
+            merged = training._exchange.merge(training._gathered_deal, momentum=True)
+            results |= {f"momentum/{name}": tensor for name, tensor in merged.items()}
+            assert any(tensor.abs().max() > 0 for tensor in merged.values())
+            check_redealt_momentum(world, training, merged, deal(training.groups, world.size, 5, number + 1))
+        for name, tensor in results.items():
+            if name.removeprefix("momentum/") in dimension:
+                group, along = dimension[name.removeprefix("momentum/")]
                 expected = np.full(tensor.shape, np.nan, dtype=np.float32)
                 for part, hand in zip(parts, hands, strict=True):
                     where = [slice(None)] * expected.ndim
@@ -74,6 +90,16 @@ def test_exchange_equals_an_oracle_in_numpy(world, rule, pre_activation):
             else:
                 expected = np.mean([part[name].astype(np.float64) for part in parts], axis=0)
                 np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def check_redealt_momentum(world, training, merged, hands):
+    """The next sub-network's momentum is the new deal's part of the merged one."""
+    dimension = {name: (group.name, d) for group in training.groups for name, d in group.members}
+    for name, tensor in named_momentum(training).items():
+        expected = merged[name]
+        if name in dimension:
+            expected = expected.index_select(dimension[name][1], hands[world.rank][dimension[name][0]])
+        assert torch.equal(tensor, expected), name
 
 
 def test_next_sub_network_is_the_new_deals_slice_of_the_merged_state(world):

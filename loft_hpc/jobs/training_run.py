@@ -1,0 +1,112 @@
+"""What pretraining and retraining have in common: a place to compute, and a run on disk that a strategy trains into."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from loft_hpc.comm.world import World
+from loft_hpc.data.dataset import DataSet
+from loft_hpc.data.order import Order
+from loft_hpc.data.registry import DataSettings, open_data
+from loft_hpc.errors import LoftError
+from loft_hpc.jobs.settings import to_json
+from loft_hpc.models.architecture import Architecture
+from loft_hpc.runs.run import Run, default_path
+from loft_hpc.training.device import Placement, place
+from loft_hpc.training.evaluation import Score
+from loft_hpc.training.session import Outcome, Session, Watcher
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation
+from loft_hpc.training.strategy import Strategy
+
+
+class TrainingSettings(Protocol):
+    """What the settings of every training job hold, each with more of its own."""
+
+    epochs: int
+    batch_size: int
+    seed: int
+    snapshot_every: int
+    data: DataSettings
+    optimisation: Optimisation
+    evaluation: Evaluation
+    computation: Computation
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where this rank computes, and on what."""
+
+    device: torch.device
+    placements: list[Placement]
+    """Of all ranks."""
+    data: DataSet
+
+
+def prepare(settings: TrainingSettings, world: World) -> Workplace:
+    """Choose devices and threads, and open the data set. Collective."""
+    device, placement = place(settings.computation.device, settings.computation.precision, world)
+    return Workplace(device, world.gather_objects(placement), open_data(settings.data, device, world))
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The run to train into: a new one, or one to go on with."""
+
+    path: Path
+    earlier: Run | None
+
+    @property
+    def finished(self) -> Outcome | None:
+        """What the run achieved, if there is nothing left to do."""
+        if self.earlier is None or self.earlier.description.get("status") != "done":
+            return None
+        try:
+            results, images = self.earlier.description["results"], self.earlier.description["data"]["test_images"]
+            score = Score(round(results["accuracy"] * images), images, results["test_loss"])
+            return Outcome(score, results["wall_seconds"])
+        except (KeyError, TypeError) as problem:
+            raise LoftError(f"{self.path / 'run.json'} says done, but not with what ({problem}): restore it") from None
+
+
+def destination(path: Path | None, resume: bool, name: tuple[str, str, str], world: World) -> Destination:
+    """Where to train into; by default runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, `name` being the first three. Collective.
+
+    Raises LoftError for a run of another number of ranks.
+    """
+    if path is None:
+        return Destination(world.on_root(lambda: default_path(*name, world.size)), None)
+    if not (resume and world.on_root(lambda: (path / "run.json").exists())):
+        return Destination(path, None)
+    earlier = Run.open(path)
+    ranks = earlier.description.get("world_size")
+    if ranks != world.size:
+        raise LoftError(f"{path} was started with {ranks} ranks: resume it with as many, not {world.size}")
+    return Destination(path, earlier)
+
+
+def train_into(
+    where: Destination, kind: str, strategy: Strategy, settings: TrainingSettings, architecture: Architecture,
+    hidden_widths: Mapping[str, int] | None, details: Mapping[str, Any], order: Order, workplace: Workplace, world: World,
+    watcher: Watcher,
+) -> Outcome:  # fmt: skip
+    """Train to the end and leave a complete run. Collective. A run that is gone on with starts from its newest checkpoint."""
+    checkpoint = where.earlier.read_checkpoint() if where.earlier else None
+    description = {
+        "architecture": architecture.to_json(),
+        "seed": settings.seed,
+        "world_size": world.size,
+        "placement": [asdict(placement) for placement in workplace.placements],
+        "data": workplace.data.info.to_json(),
+        "total_steps": strategy.total_steps,
+        "steps_per_epoch": order.steps_per_epoch,
+        **details,
+    }
+    run = world.on_root(lambda: Run.create_or_resume(where.path, where.earlier is not None, kind, to_json(settings), description))
+    session = Session(
+        strategy, architecture, hidden_widths, workplace.data, settings.optimisation, settings.evaluation, settings.snapshot_every,
+        run, world, workplace.device, watcher,
+    )  # fmt: skip
+    return session.run(checkpoint)
