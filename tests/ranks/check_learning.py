@@ -1,11 +1,11 @@
-"""That LoFT learns, and that what it ranks means something: on real digits, with fixed seeds and stated margins.
+"""That LoFT learns, and that what it ranks means something: on real digits, three training seeds, stated margins.
 
-The recipe was tried with three training seeds (docs/results.md): merged network 99.2 to 99.7 %; at 80 % pruned, not retrained, tickets
-of the global scope 89 to 94 %, of the same shape but with filters drawn at random 83 to 87 % (means over draws), and random tickets of
-equal size 58 to 62 %. The margins below leave room for other processors' rounding.
+docs/results.md has the figures behind the margins. These leave room for other processors' rounding: after a few hundred steps it
+makes another network of the same quality.
 """
 
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -14,78 +14,68 @@ from loft_hpc.data.registry import open_data
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.models.groups import filter_groups, slice_state
 from loft_hpc.runs.run import Run
-from loft_hpc.tickets.finders import Pruning, draw_like, magnitude, random
+from loft_hpc.tickets.finders import Pruning, magnitude, random
 from loft_hpc.training.evaluation import judge, network_for
 
 from tiny import CPU
 
 SIZES = (4,)
+SEEDS = (1, 2, 3)
 DRAWS = range(5)
-RATIO = 0.8
 
 
 @pytest.fixture(scope="session")
-def trained(world, tmp_path_factory) -> Run:
-    path = world.mpi.bcast(tmp_path_factory.mktemp("learning") / "run" if world.rank == 0 else None)
-    recipe = ["--model", "resnet20", "--widen", "4", "--epochs", "10", "--evaluate-every", "10", "--snapshot-every", "0", "--seed", "1"]
-    assert run(["pretrain", *recipe, "--run", str(path)]) == 0
-    return Run.open(path)
+def trained(world, tmp_path_factory) -> list[Run]:
+    """A pretraining run for each seed."""
+    folder: Path = world.mpi.bcast(tmp_path_factory.mktemp("learning") if world.rank == 0 else None)
+    for seed in SEEDS:
+        recipe = ["--model", "resnet20", "--widen", "4", "--evaluate-every", "10", "--snapshot-every", "0", "--seed", str(seed)]
+        assert run(["pretrain", *recipe, "--run", str(folder / str(seed))]) == 0
+    return [Run.open(folder / str(seed)) for seed in SEEDS]
 
 
 @pytest.fixture(scope="session")
-def score(world, trained):
-    """Accuracy in per cent of what a selection leaves of the trained network, its statistics re-estimated."""
-    settings, architecture, state = settings_of(trained), trained.architecture, trained.read_model()
-    data = open_data(settings.data, CPU, world)
+def advantage(world, trained):
+    """Per run, points by which the largest filters beat the mean of random tickets of equal size, before any retraining."""
 
-    def judged(selection) -> float:
-        part = slice_state(state, selection, filter_groups(architecture))
-        widths = {name: len(kept) for name, kept in selection.items()}
-        return 100 * judge(network_for(architecture, widths, part, CPU, "the ticket"), data, settings.evaluation, world).accuracy
+    def of_run(origin: Run, ratio: float, scope: str) -> float:
+        state, groups, settings = origin.read_model(), filter_groups(origin.architecture), settings_of(origin)
+        data = open_data(settings.data, CPU, world)
 
-    return judged
+        def score(selection) -> float:
+            widths = {name: len(kept) for name, kept in selection.items()}
+            network = network_for(origin.architecture, widths, slice_state(state, selection, groups), CPU, "the ticket")
+            return 100 * judge(network, data, settings.evaluation, world).accuracy
+
+        largest = magnitude(state, groups, Pruning(ratio, scope=scope))
+        drawn = [random(state, groups, Pruning(ratio, method="random", seed=seed)) for seed in DRAWS]
+        kept = sum(map(len, largest.values()))
+        assert all(abs(sum(map(len, one.values())) - kept) <= len(groups) for one in drawn)  # whole filters in every group
+        return score(largest) - statistics.mean(map(score, drawn))
+
+    return lambda ratio, scope: [of_run(origin, ratio, scope) for origin in trained]
 
 
-def accuracy(path) -> float:
+def accuracy(path: Path) -> float:
     return 100 * Run.open(path).description["results"]["accuracy"]
 
 
-def test_merged_network_learns(trained):
-    assert accuracy(trained.path) >= 97
+def test_merged_networks_learn(trained):
+    assert min(accuracy(origin.path) for origin in trained) >= 97
 
 
 def test_half_ticket_after_retraining_is_within_a_point(world, trained):
-    assert run(["prune", str(trained.path), "--ratio", "0.5"]) == 0
-    retrained = trained.path.parent / "retrained"
-    ticket = trained.path / "tickets" / "magnitude-l2-0.5"
-    assert run(["retrain", str(ticket), "--evaluate-every", "10", "--run", str(retrained)]) == 0
+    origin = trained[0].path
+    assert run(["prune", str(origin), "--ratio", "0.5"]) == 0
+    retrained = origin.with_name("retrained")
+    assert run(["retrain", str(origin / "tickets" / "magnitude-l2-0.5"), "--evaluate-every", "10", "--run", str(retrained)]) == 0
     world.barrier()
-    assert accuracy(retrained) >= accuracy(trained.path) - 1
+    assert accuracy(retrained) >= accuracy(origin) - 1
 
 
-def test_largest_filters_beat_random_tickets_of_equal_size_by_ten_points(trained, score):
-    groups, state = filter_groups(trained.architecture), trained.read_model()
-    largest = magnitude(state, groups, Pruning(RATIO, scope="global"))
-    drawn = [random(state, groups, Pruning(RATIO, method="random", seed=seed)) for seed in DRAWS]
-    kept = sum(map(len, largest.values()))
-    assert all(abs(sum(map(len, selection.values())) - kept) <= len(groups) for selection in drawn)  # whole filters in every group
-    assert score(largest) >= statistics.mean(map(score, drawn)) + 10
+def test_largest_filters_over_all_blocks_beat_random_tickets_by_ten_points(advantage):
+    assert statistics.mean(advantage(0.8, "global")) >= 10
 
 
-def test_largest_filters_beat_others_in_the_same_number_per_block_by_two_points(trained, score):
-    """What the ranking finds is more than how many filters each block needs."""
-    groups = filter_groups(trained.architecture)
-    largest = magnitude(trained.read_model(), groups, Pruning(RATIO, scope="global"))
-    assert score(largest) >= statistics.mean(score(draw_like(largest, groups, seed)) for seed in DRAWS) + 2
-
-
-def test_largest_filters_beat_the_smallest_by_two_points(trained, score):
-    """The release keeps the smallest (facts: loft.md)."""
-    groups, state = filter_groups(trained.architecture), trained.read_model()
-    inverted = dict(state)
-    for group in groups:  # 1 / norm ranks them the other way round
-        norms = state[group.filters].flatten(1).norm(dim=1)
-        inverted[group.filters] = state[group.filters] / norms.square().view(-1, 1, 1, 1)
-    largest, smallest = (magnitude(weights, groups, Pruning(RATIO)) for weights in (state, inverted))
-    assert not set(largest["layer3.2"].tolist()) & set(smallest["layer3.2"].tolist())
-    assert score(largest) >= score(smallest) + 2
+def test_largest_filters_of_each_block_beat_random_tickets_by_a_point(advantage):
+    assert statistics.mean([*advantage(0.7, "layer"), *advantage(0.8, "layer")]) >= 1
