@@ -83,7 +83,7 @@ def test_a_rank_that_alone_meets_a_mistake_says_so_and_ends_the_job(tmp_path):
     result = launch(1, *good, ":", "-np", "1", *bad, seconds=60)
     assert result.code != 0
     lines = told(result)
-    assert len(lines) == 1 and lines[0].startswith("loft: rank 1: no imagefolder in") and "nowhere" in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("loft: rank 1: no imagefolder in") and "nowhere" in lines[0], result.err
     assert "Traceback" not in result.err
     assert time.monotonic() - began < 45
 

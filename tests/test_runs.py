@@ -9,7 +9,7 @@ import torch
 from loft_hpc.comm.ledger import Entry, Ledger
 from loft_hpc.errors import LoftError
 from loft_hpc.runs.files import read_json, read_tensors, write_atomically, write_tensors
-from loft_hpc.runs.run import Checkpoint, Run, default_path
+from loft_hpc.runs.run import Checkpoint, Run, claim_default_path
 
 from tiny import tiny
 
@@ -83,9 +83,10 @@ def test_an_existing_folder_is_never_overwritten(tmp_path):
 
 def test_default_names_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = default_path("resnet20", "digits", "loft", 4)
-    first.mkdir(parents=True)
-    second = default_path("resnet20", "digits", "loft", 4)
+    first = claim_default_path("resnet20", "digits", "loft", 4)
+    assert first.is_dir()
+    new_run(first)
+    second = claim_default_path("resnet20", "digits", "loft", 4)
     assert first != second and second.name.startswith("resnet20-digits-loft+4-")
 
 
@@ -104,19 +105,31 @@ def test_checkpoints_keep_the_last_and_fall_back_from_a_torn_one(tmp_path):
     run = new_run(tmp_path / "run")
     ledger = Ledger()
     ledger.record("allreduce", "shared", Entry(1, 2, 3, 4, 5, 6))
-    assert run.read_checkpoint() is None
+    assert run.newest_checkpoint_step() is None
     for step in (999_984, 999_992, 1_000_000):  # sorted as numbers, not as names
         run.write_checkpoint(Checkpoint(step, {"a": torch.full((2,), float(step))}, [ledger], {"round": 3}))
     assert sorted(folder.name for folder in (run.path / "checkpoints").iterdir()) == ["1000000", "999992"]
-    newest = run.read_checkpoint()
+    newest = run.read_checkpoint(run.newest_checkpoint_step())
     assert (newest.step, newest.progress, newest.tensors["a"].tolist()) == (1_000_000, {"round": 3}, [1e6, 1e6])
     assert newest.ledgers == [ledger]
     torn = run.path / "checkpoints" / "1000000" / "state.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
-    assert run.read_checkpoint().step == 999_992
+    (run.path / "checkpoints" / ".1000008.123").mkdir()  # a writer was killed
+    assert run.newest_checkpoint_step() == 999_992
+    assert not (run.path / "checkpoints" / ".1000008.123").exists()
     (run.path / "checkpoints" / "999992" / "progress.json").write_text("{}")
     with pytest.raises(LoftError, match="nothing to resume from"):
-        run.read_checkpoint()
+        run.newest_checkpoint_step()
+
+
+def test_the_log_forgets_what_is_done_again_and_what_was_torn(tmp_path):
+    run = new_run(tmp_path / "run")
+    for step in (8, 16, 24):
+        run.log("round", step=step)
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write("\0\0\n" + '{"event": "round", "step": 8')
+    run.forget_after(16)
+    assert [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()] == [8, 16]
 
 
 def test_ledger_file(tmp_path):

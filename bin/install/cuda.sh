@@ -17,7 +17,7 @@ link_library() { # FOLDER FILE: libX.so beside the versioned library that the wh
 if [ -e "$toolkit/lib64/libcudart.so" ] && [ -e "$toolkit/include/cuda_runtime.h" ]; then
     export CUDA_HOME=$toolkit
 else
-    cuda=$(find "$libraries" -maxdepth 1 -name 'cu[0-9]*' | head -n 1)
+    cuda=$(find "$libraries" -maxdepth 1 -name 'cu[0-9]*' 2>/dev/null | head -n 1 || true)
     [ -d "$cuda/include" ] || die "the nvcc in $toolkit has no CUDA runtime beside it, and torch's wheel brought none" "load a complete CUDA module"
     mkdir -p "$links/cuda/lib64"
     ln -s "$cuda/include" "$links/cuda/include"
@@ -36,5 +36,5 @@ if [ -z "${HOROVOD_NCCL_HOME:-}" ]; then
     export HOROVOD_NCCL_HOME=$links/nccl
 fi
 # The GPU here, else those that today's clusters have (A100, H100).
-export HOROVOD_BUILD_CUDA_CC_LIST=${HOROVOD_BUILD_CUDA_CC_LIST:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd, || true)}
+export HOROVOD_BUILD_CUDA_CC_LIST=${HOROVOD_BUILD_CUDA_CC_LIST:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | grep -xE '[0-9]+' | sort -u | paste -sd, || true)}
 export HOROVOD_BUILD_CUDA_CC_LIST=${HOROVOD_BUILD_CUDA_CC_LIST:-80,90}

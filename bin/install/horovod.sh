@@ -40,7 +40,7 @@ else
     export HOROVOD_CPU_ONLY=1
 fi
 pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir "$work/source" >"$work/log" 2>&1 ||
-    { grep -E 'error|Error|Could not|Unable' "$work/log" | head -n 20 >&2
+    { grep -E 'error|Error|Could not|Unable' "$work/log" | head -n 20 >&2 || true  # grep finds nothing, or head closes the pipe
       log=$VIRTUAL_ENV/horovod-build.log; cp "$work/log" "$log"
       die "Horovod did not compile" "the log is in $log; it needs GCC 11 or newer and a complete MPI${CUDA_HOME:+, and the CUDA of $CUDA_HOME}"; }
 python -c 'import horovod.torch as hvd; assert hvd.mpi_built()' || die "Horovod was built but does not load" "run .venv/bin/python -c 'import horovod.torch' to see why"

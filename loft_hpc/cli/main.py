@@ -14,6 +14,9 @@ from loft_hpc.errors import LoftError
 RANK_0_SPEAKS_SECONDS = 1.0
 """How long other ranks let rank 0 speak: a launcher ends the job at the first rank that leaves with a failure."""
 
+LINE_ARRIVES_SECONDS = 0.5
+"""How long a line may take to the launcher, which after an abort reads no more."""
+
 COMMANDS = {
     "pretrain": "Find a ticket: train a network over all ranks.",
     "prune": "Draw tickets from a pretraining run.",
@@ -94,7 +97,10 @@ def _fail(job: Job, message: str, code: int, everywhere: bool = False) -> int:
         print(f"loft: rank {rank}: {message}", file=sys.stderr, flush=True)
     elif world is None:
         time.sleep(RANK_0_SPEAKS_SECONDS)
+        if not everywhere:
+            print(f"loft: rank {rank}: {message}", file=sys.stderr, flush=True)
     if not together:
+        time.sleep(LINE_ARRIVES_SECONDS)
         world.abort(code)
     return code
 

@@ -6,6 +6,7 @@ MPI_THREAD_MULTIPLE; the other order lets Horovod finalise MPI under mpi4py's fe
 
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -111,12 +112,12 @@ class World:
         return [pickle.loads(item) for item in everybody]
 
     def on_root(self, action: Callable[[], Any]) -> Any:
-        """Rank 0 does something that others wait for; all ranks get the result, or all raise the LoftError. Counted as `control`."""
+        """Rank 0 does something that others wait for; all ranks get the result, or all raise its LoftError or OSError. Counted as `control`."""
         result, problem = None, None
         if self.rank == 0:
             try:
                 result = action()
-            except LoftError as error:
+            except (LoftError, OSError) as error:
                 problem = error
         if self.size > 1:
             self._wait_quietly()
@@ -141,7 +142,7 @@ class World:
 
     # -- the end of a job that failed -------------------------------------------------------------------------------------
 
-    def failed_together(self, patience_seconds: float = 2.0) -> bool:
+    def failed_together(self, patience_seconds: float = 3.0) -> bool:
         """Called by a rank that failed: whether every other rank failed too, as after a mistake that all of them see.
 
         If not, the others are at work or wait in a collective for this rank, and only `abort` can end them.
@@ -180,8 +181,13 @@ def start() -> World:
     if problems:
         rank, text = next(iter(problems.items()))
         raise LoftError(text if len(problems) == size else f"rank {rank}: {text}", everywhere=True)
-    hvd.init(comm=MPI.COMM_WORLD)
-    return World(MPI.COMM_WORLD, hvd)
+    try:
+        hvd.init(comm=MPI.COMM_WORLD)
+        return World(MPI.COMM_WORLD, hvd)
+    except Exception as problem:  # the others are inside Horovod already, where only an abort reaches them
+        print(f"loft: rank {MPI.COMM_WORLD.Get_rank()}: Horovod does not start ({problem}): see loft doctor", file=sys.stderr, flush=True)
+        MPI.COMM_WORLD.Abort(1)
+        raise
 
 
 def _horovod(MPI: Any) -> tuple[Any, str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from PIL.Image import DecompressionBombError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -135,7 +136,7 @@ class _Images(Dataset):
         path, label = self._splits[split].samples[index]
         try:
             image = self._splits[split].loader(path)
-        except (OSError, ValueError, SyntaxError) as problem:  # what Pillow raises for files that are missing, torn, or no images
+        except (OSError, ValueError, SyntaxError, DecompressionBombError) as problem:  # Pillow, on files missing, torn, or no images
             return f"the image {path} cannot be read ({problem}): restore or remove it"
         if seed is None:
             return self._plain(image), label

@@ -14,7 +14,7 @@ from loft_hpc.data.registry import DataSettings, open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.settings import to_json
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.runs.run import Run, default_path
+from loft_hpc.runs.run import Checkpoint, Run, claim_default_path
 from loft_hpc.training.device import Placement, place
 from loft_hpc.training.evaluation import Score
 from loft_hpc.training.session import Outcome, Session, Watcher
@@ -77,7 +77,7 @@ def destination(path: Path | None, resume: bool, name: tuple[str, str, str], wor
     Raises LoftError for a run of another number of ranks.
     """
     if path is None:
-        return Destination(world.on_root(lambda: default_path(*name, world.size)), None)
+        return Destination(world.on_root(lambda: claim_default_path(*name, world.size)), None)
     if not (resume and world.on_root(lambda: (path / "run.json").exists())):
         return Destination(path, None)
     earlier = Run.open(path)
@@ -87,13 +87,21 @@ def destination(path: Path | None, resume: bool, name: tuple[str, str, str], wor
     return Destination(path, earlier)
 
 
+def _newest_checkpoint(run: Run, workplace: Workplace, world: World) -> Checkpoint | None:
+    """The same one on every rank, chosen by rank 0. Raises LoftError if the data are not those that the run was started with."""
+    if run.description.get("data", {}).get("fingerprint") != workplace.data.info.fingerprint:
+        raise LoftError(f"the images of {workplace.data.info.name} are not those that {run.path} was started with: start another run")
+    step = world.on_root(run.newest_checkpoint_step)
+    return None if step is None else run.read_checkpoint(step)
+
+
 def train_into(
     where: Destination, kind: str, strategy: Strategy, settings: TrainingSettings, architecture: Architecture,
     hidden_widths: Mapping[str, int] | None, details: Mapping[str, Any], order: Order, workplace: Workplace, world: World,
     watcher: Watcher,
 ) -> Outcome:  # fmt: skip
     """Train to the end and leave a complete run. Collective. A run that is gone on with starts from its newest checkpoint."""
-    checkpoint = where.earlier.read_checkpoint() if where.earlier else None
+    checkpoint = _newest_checkpoint(where.earlier, workplace, world) if where.earlier else None
     description = {
         "architecture": architecture.to_json(),
         "seed": settings.seed,

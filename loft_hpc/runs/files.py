@@ -93,7 +93,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise LoftError(f"there is no {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dictionary; not the mapped file)
             expected = (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError, ValueError) as problem:
         raise LoftError(

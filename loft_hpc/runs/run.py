@@ -1,6 +1,8 @@
 """A run on disk: the one place that knows its files' names (docs/file-formats.md), and their only writer."""
 
+import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -25,14 +27,17 @@ KEPT_CHECKPOINTS = 2
 _PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
 
 
-def default_path(model: str, dataset: str, strategy: str, workers: int) -> Path:
-    """runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, with a number behind it where two runs start in one second."""
-    path = Path("runs") / f"{model}-{dataset}-{strategy}+{workers}-{datetime.now():%Y%m%d-%H%M%S}"
-    taken, base = 1, path
-    while path.exists():
-        taken += 1
-        path = base.with_name(f"{base.name}-{taken}")
-    return path
+def claim_default_path(model: str, dataset: str, strategy: str, workers: int) -> Path:
+    """An empty folder runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, with a number behind it where two runs start in one second."""
+    base = Path("runs") / f"{model}-{dataset}-{strategy}+{workers}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable")
 
 
 class Run:
@@ -163,7 +168,7 @@ class Run:
         """Drop from metrics.jsonl what happened after `step`, which a resumed run does again."""
         log = self.path / "metrics.jsonl"
         if log.exists():
-            kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in log.read_text(errors="replace").splitlines(keepends=True) if _step_of(line) <= step]
             write_atomically(log, "".join(kept).encode())
 
     def write_ledger(self, ledgers: list[Ledger]) -> None:
@@ -196,23 +201,35 @@ class Run:
             shutil.rmtree(final)
         publish_folder(temporary, final)
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # a network file system may keep a file that somebody still reads
 
-    def read_checkpoint(self) -> "Checkpoint | None":
-        """The newest checkpoint that is whole; None for a run that was ended before its first. Raises LoftError if all are broken."""
-        if not self._checkpoints():
-            return None
-        problem = ""
+    def newest_checkpoint_step(self) -> int | None:
+        """Step of the newest checkpoint that is whole; None for a run that was ended before its first.
+
+        Raises LoftError if all are broken. What a killed writer left half done is removed.
+        """
+        for leftover in (self.path / "checkpoints").glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        problem = None
         for folder in reversed(self._checkpoints()):
             try:
-                progress = read_json(folder / "progress.json")
-                ledgers = [Ledger.from_json(fields) for fields in progress.pop("ledgers")]
-                return Checkpoint(int(progress.pop("step")), read_tensors(folder / "state.safetensors"), ledgers, progress)
+                return self.read_checkpoint(int(folder.name)).step
             except LoftError as error:
-                problem = str(error)
-            except (KeyError, TypeError, AttributeError, ValueError):
-                problem = f"{folder / 'progress.json'} is incomplete"
-        raise LoftError(f"nothing to resume from: {problem}")
+                problem = error
+        if problem:
+            raise LoftError(f"nothing to resume from: {problem}")
+        return None
+
+    def read_checkpoint(self, step: int) -> "Checkpoint":
+        """The checkpoint of a step. Raises LoftError where it is missing or broken."""
+        folder = self.path / "checkpoints" / f"{step:06d}"
+        progress = read_json(folder / "progress.json")
+        try:
+            ledgers = [Ledger.from_json(fields) for fields in progress.pop("ledgers")]
+            written = int(progress.pop("step"))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise LoftError(f"{folder / 'progress.json'} is incomplete") from None
+        return Checkpoint(written, read_tensors(folder / "state.safetensors"), ledgers, progress)
 
     def _checkpoints(self) -> list[Path]:
         found = [folder for folder in (self.path / "checkpoints").glob("*") if folder.name.isdigit() and folder.is_dir()]
@@ -230,6 +247,14 @@ class Checkpoint:
     """By rank."""
     progress: dict
     """Counters of the strategy, for instance the round."""
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for one that was torn when the machine went down."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _now() -> str:

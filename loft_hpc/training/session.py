@@ -121,7 +121,7 @@ class Session:
                 train_wall_seconds=seconds, exchange_seconds=exchange_seconds,
                 images_per_second_per_rank=(done.step - epoch_step) * strategy.batch_images / seconds,
             )  # fmt: skip
-            score = self._end_of_epoch(epoch, last=done.step >= total)
+            score = self._end_of_epoch(epoch, epoch_step // per_epoch, last=done.step >= total)
             self._watcher.epoch_ended(epoch, epochs, loss, score, seconds)
             losses, exchange_seconds, epoch_step, begun = 0.0, 0.0, done.step, watch.seconds
             epoch_end = (done.step // per_epoch + 1) * per_epoch
@@ -133,11 +133,15 @@ class Session:
             self._run.write_model(self._network.state_dict())
         return Outcome(score, watch.seconds)
 
-    def _end_of_epoch(self, epoch: int, last: bool) -> Score | None:
-        """Evaluation, snapshot and checkpoint, each when it is due."""
+    def _end_of_epoch(self, epoch: int, earlier: int, last: bool) -> Score | None:
+        """Evaluation, snapshot and checkpoint, each when it is due: a round may end several epochs after the `earlier` one."""
+
+        def due(every: int) -> bool:
+            return last or (every > 0 and epoch // every > earlier // every)
+
         state = self._strategy.full_state()
         score = None
-        if last or epoch % self._evaluation.evaluate_every == 0:
+        if due(self._evaluation.evaluate_every):
             score = self._judge(state)
             self._log("eval", epoch=epoch, step=self._step, accuracy=score.accuracy, test_loss=score.loss, test_images=score.images)
         tensors, progress = self._strategy.checkpoint()
@@ -145,7 +149,7 @@ class Session:
         ledger.add(self._world.ledger)
         ledgers = self._world.gather_objects(ledger)
         if self._run:
-            if last or (self._snapshot_every and epoch % self._snapshot_every == 0):
+            if due(self._snapshot_every):
                 self._run.write_snapshot(epoch, state)
             progress = progress | {"wall_seconds": self._clock.seconds}
             self._run.write_checkpoint(Checkpoint(self._step, tensors, ledgers, progress))
