@@ -66,7 +66,9 @@ def run(arguments: list[str]) -> int:
         code = loft.main(arguments, prog_name="loft", standalone_mode=False, obj=job)
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as problem:
-        return _fail(job, problem.format_message(), 2, everywhere=True)
+        if announced_rank() == 0:
+            click.echo(problem.format_message(), err=True)
+        return 2
     except click.ClickException as problem:
         context = getattr(problem, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context else ""
