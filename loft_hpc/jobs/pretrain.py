@@ -35,7 +35,7 @@ class PretrainSettings:
     """Walks through the training images, per worker."""
     rounds: int | None = None
     """Rounds of `local_iterations` steps, in place of epochs."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Images per step: of each worker under `loft`, of all ranks together under `data-parallel`."""
     seed: int = 0
     snapshot_every: int = 1

@@ -13,7 +13,7 @@ PRECISIONS = ("float32", "bfloat16")
 class Optimisation:
     """SGD with momentum and a learning rate that is a function of the step."""
 
-    lr: float = 0.1
+    lr: float = 0.05
     """Learning rate at the start."""
     momentum: float = 0.9
     weight_decay: float = 5e-4

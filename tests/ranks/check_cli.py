@@ -107,7 +107,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(world, capsys, folder, trained
 def test_resume_starts_what_is_not_there_and_refuses_other_options(world, capsys, folder, trained):
     assert ask(world, capsys, "pretrain", *SMALL, "--epochs", "1", "--run", folder / "fresh", "--resume")["run"] == str(folder / "fresh")
     code, told = refuse(world, capsys, "pretrain", "--run", trained, "--resume", "--lr", "0.3")
-    assert code == 1 and "--lr 0.1" in told
+    assert code == 1 and "--lr 0.05" in told
     assert refuse(world, capsys, "pretrain", "--resume")[0] == 2
 
 

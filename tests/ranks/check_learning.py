@@ -29,7 +29,22 @@ def trained(world, tmp_path_factory) -> list[Run]:
     """A pretraining run for each seed."""
     folder: Path = world.mpi.bcast(tmp_path_factory.mktemp("learning") if world.rank == 0 else None)
     for seed in SEEDS:
-        recipe = ["--model", "resnet20", "--widen", "4", "--evaluate-every", "10", "--snapshot-every", "0", "--seed", str(seed)]
+        recipe = [
+            "--model",
+            "resnet20",
+            "--widen",
+            "4",
+            "--lr",
+            "0.1",
+            "--batch-size",
+            "32",
+            "--evaluate-every",
+            "10",
+            "--snapshot-every",
+            "0",
+            "--seed",
+            str(seed),
+        ]
         assert run(["pretrain", *recipe, "--run", str(folder / str(seed))]) == 0
     return [Run.open(folder / str(seed)) for seed in SEEDS]
 
