@@ -2,7 +2,8 @@
 
 from dataclasses import asdict, dataclass, field
 
-PURPOSES = ("partitioned", "shared", "activation", "gradient", "control")
+PURPOSES = ("partitioned", "shared", "activation", "gradient", "merge", "control")
+"""`merge`: putting the full network together for an evaluation, a snapshot or a checkpoint, where the steps leave it in parts."""
 
 
 @dataclass
@@ -15,7 +16,8 @@ class Entry:
     payload_received_bytes: int = 0
     """What the algorithm got: the result that the collective delivered to this rank."""
     wire_sent_bytes: int = 0
-    """What a ring (all-reduce, all-gather) or chain (broadcast) makes this rank send; see docs/communication.md."""
+    """What the textbook algorithm makes this rank send: ring (all-reduce, all-gather), chain (broadcast), pairs (all-to-all), the
+    message itself (send, receive); see docs/communication.md."""
     wire_received_bytes: int = 0
     poster_bytes: int = 0
     """The poster's accounting, where it applies: what this worker uploads in an exchange, 4 * (its partitioned + shared)."""
@@ -27,7 +29,7 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Entries by operation (`allreduce`, `allgather`, `broadcast`, ...) and purpose, for one rank or for all together."""
+    """Entries by operation (`allreduce`, `allgather`, `alltoall`, `broadcast`, `send`, `receive`) and purpose, for one rank or for all together."""
 
     entries: dict[str, dict[str, Entry]] = field(default_factory=dict)
 

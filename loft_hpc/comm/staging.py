@@ -8,7 +8,7 @@ class Staging:
     """Gives Horovod a tensor that it can carry.
 
     CPU tensors pass through untouched, and so do GPU tensors if `direct` (Horovod with NCCL, one rank per GPU; NCCL refuses two
-    ranks on one GPU). Otherwise a GPU tensor is copied through pinned host memory, allocated once for each name.
+    ranks on one GPU). Otherwise a GPU tensor is copied through pinned host memory, allocated once for each name (and anew when it must grow).
     """
 
     def __init__(self, direct: bool):
@@ -20,9 +20,9 @@ class Staging:
         if self._direct or not tensor.is_cuda:
             return tensor
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return buffer
+        if buffer is None or buffer.numel() < tensor.numel() or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[name] = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
+        return buffer[: tensor.numel()].view(tensor.shape)  # what an all-to-all carries has another size each time
 
     def to_host(self, tensor: Tensor, name: str) -> Tensor:
         """The tensor's contents where Horovod can read them."""

@@ -37,11 +37,12 @@ class World:
         self.local_size: int = hvd.local_size()
         self.ledger = Ledger()
         self._faults = mpi.Dup()
-        self._staging = Staging(direct=False)
+        self.staging = Staging(direct=False)
+        """How tensors of the device that `use_device` named reach MPI."""
 
     def use_device(self, device: torch.device, direct: bool) -> None:
         """Where tensors will lie, and whether Horovod takes GPU tensors as they are (NCCL, one rank per GPU)."""
-        self._staging = Staging(direct=direct)
+        self.staging = Staging(direct=direct)
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
@@ -59,9 +60,9 @@ class World:
         sent, received = ring_allreduce(tensor.numel(), tensor.element_size(), self.rank, self.size)
         size = tensor.numel() * tensor.element_size()
         self._record("allreduce", purpose, Entry(1, size, size, sent, received))
-        host = self._staging.to_host(tensor, f"allreduce.{purpose}")
+        host = self.staging.to_host(tensor, f"allreduce.{purpose}")
         handle = self._hvd.allreduce_async_(host, name=f"allreduce.{purpose}", op=self._hvd.Sum)
-        return lambda: self._staging.back(self._hvd.synchronize(handle), tensor)
+        return lambda: self.staging.back(self._hvd.synchronize(handle), tensor)
 
     def all_gather(self, tensor: Tensor, output: Tensor, counts: list[int], purpose: str) -> Callable[[], Tensor]:
         """Every rank's (counts[rank],) `tensor`, one after the other, into `output` of (sum(counts),), allocated by the caller."""
@@ -72,14 +73,49 @@ class World:
         element = tensor.element_size()
         sent, received = ring_allgather(counts, element, self.rank)
         self._record("allgather", purpose, Entry(1, tensor.numel() * element, output.numel() * element, sent, received))
-        host = self._staging.to_host(tensor, f"allgather.{purpose}.in")
-        target = self._staging.host_like(output, f"allgather.{purpose}.out")
+        host = _as_carried(self.staging.to_host(tensor, f"allgather.{purpose}.in"))
+        target = self.staging.host_like(output, f"allgather.{purpose}.out")
         # Horovod's public allgather makes a new output tensor each time, and touching fresh memory costs more than the transfer
         # (bin/bench exchange); its own helper takes the output, which Horovod then only resizes to the size that it has already.
         from horovod.torch import mpi_ops
 
-        handle = mpi_ops._allgather_async(host, target, f"allgather.{purpose}", self._hvd.global_process_set)
-        return lambda: self._staging.back(self._hvd.synchronize(handle), output)
+        handle = mpi_ops._allgather_async(host, _as_carried(target), f"allgather.{purpose}", self._hvd.global_process_set)
+
+        def wait() -> Tensor:
+            self._hvd.synchronize(handle)
+            return self.staging.back(target, output)
+
+        return wait
+
+    def all_to_all(
+        self, tensor: Tensor, output: Tensor, sent_counts: list[int], received_counts: list[int], purpose: str
+    ) -> Callable[[], Tensor]:
+        """`sent_counts[r]` elements of the (sum(sent_counts),) `tensor` to every rank r, one after the other; `output` gets theirs.
+
+        Every rank's `received_counts[r]` must be what rank r sends it. What a rank keeps for itself is best left out (count 0).
+        """
+        if tensor.shape != (sum(sent_counts),) or output.shape != (sum(received_counts),):
+            raise ValueError(
+                f"all_to_all of {tuple(tensor.shape)} into {tuple(output.shape)} does not fit {sent_counts}, {received_counts}"
+            )
+        if self.size == 1:
+            return lambda: output.copy_(tensor)
+        element = tensor.element_size()
+        sent = (sum(sent_counts) - sent_counts[self.rank]) * element
+        received = (sum(received_counts) - received_counts[self.rank]) * element
+        self._record("alltoall", purpose, Entry(1, sent, received, sent, received))
+        host = _as_carried(self.staging.to_host(tensor, f"alltoall.{purpose}.in"))
+        target = self.staging.host_like(output, f"alltoall.{purpose}.out")
+        splits, arrived = torch.tensor(sent_counts, dtype=torch.int32), torch.empty(self.size, dtype=torch.int32)
+        from horovod.torch import mpi_ops  # as for all_gather: into a buffer that is there already
+
+        handle = mpi_ops._alltoall_async(host, splits, _as_carried(target), arrived, f"alltoall.{purpose}", self._hvd.global_process_set)
+
+        def wait() -> Tensor:
+            self._hvd.synchronize(handle)
+            return self.staging.back(target, output)
+
+        return wait
 
     def broadcast_(self, tensor: Tensor, purpose: str, root: int = 0) -> Callable[[], Tensor]:
         """Root's `tensor`, in place on every rank."""
@@ -89,12 +125,12 @@ class World:
         sent, received = chain_broadcast(tensor.numel(), tensor.element_size(), self.rank, self.size, root)
         at_root = self.rank == root
         self._record("broadcast", purpose, Entry(1, size if at_root else 0, 0 if at_root else size, sent, received))
-        host = self._staging.to_host(tensor, f"broadcast.{purpose}")
+        host = self.staging.to_host(tensor, f"broadcast.{purpose}")
         handle = self._hvd.broadcast_async_(host, root, name=f"broadcast.{purpose}")
-        return lambda: self._staging.back(self._hvd.synchronize(handle), tensor)
+        return lambda: self.staging.back(self._hvd.synchronize(handle), tensor)
 
     def _record(self, operation: str, purpose: str, entry: Entry) -> None:
-        if purpose in ("partitioned", "shared") and operation in ("allreduce", "allgather"):
+        if purpose in ("partitioned", "shared") and operation in ("allreduce", "allgather", "alltoall"):
             entry.poster_bytes = entry.payload_sent_bytes
         self.ledger.record(operation, purpose, entry)
 
@@ -159,6 +195,11 @@ class World:
         """End the job on all ranks, now. A rank waiting in a raw MPI call would otherwise hang for ever."""
         self.mpi.Abort(code)
         os._exit(code)  # MPI implementations may return from Abort in a world of one
+
+
+def _as_carried(tensor: Tensor) -> Tensor:
+    """The same memory in a type that Horovod knows: it has no bfloat16, but moves 16-bit integers."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 def start() -> World:

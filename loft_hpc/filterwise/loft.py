@@ -10,7 +10,7 @@ from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
 from loft_hpc.errors import LoftError
-from loft_hpc.filterwise.exchange import AllGatherExchange, full_layout
+from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES, full_layout
 from loft_hpc.filterwise.partition import check_workers, deal
 from loft_hpc.filterwise.subnetwork import SubNetwork
 from loft_hpc.models.architecture import Architecture
@@ -30,9 +30,13 @@ class LoftSettings:
     local_iterations: int = 8
     """SGD steps of a worker between two exchanges (the release uses 15 on ImageNet)."""
     partition: str = "paper"
-    """Which blocks are dealt: `paper` (all but stage 1 and strided blocks) or `all-blocks`."""
+    """Which blocks are dealt: `paper` (all but stage 1 and strided blocks), `later-stages` (all but stage 1) or `all-blocks`."""
     momentum_across_rounds: str = "reset"
     """`reset`: momentum starts at 0 every round, as in the release. `carry`: it travels with its parameters."""
+    exchange: str = "allgather"
+    """How filters reach who trains them next: `allgather` (all to all ranks) or `alltoall` (each to that rank alone)."""
+    transport_dtype: str = "float32"
+    """Type of what travels; float32 is kept at home."""
     shard_data: bool = False
     """Give the ranks disjoint shards of every epoch, in place of the whole data in an order of their own."""
 
@@ -43,6 +47,10 @@ class LoftSettings:
             raise LoftError(f"unknown partition rule '{self.partition}': choose one of {', '.join(PARTITION_RULES)}", usage=True)
         if self.momentum_across_rounds not in MOMENTUM_RULES:
             raise LoftError(f"--momentum-across-rounds is one of {', '.join(MOMENTUM_RULES)}", usage=True)
+        if self.exchange not in EXCHANGES:
+            raise LoftError(f"unknown exchange '{self.exchange}': choose one of {', '.join(EXCHANGES)}", usage=True)
+        if self.transport_dtype not in TRANSPORT_DTYPES:
+            raise LoftError(f"unknown transport type '{self.transport_dtype}': choose one of {', '.join(TRANSPORT_DTYPES)}", usage=True)
 
 
 class Loft(Strategy):
@@ -64,18 +72,19 @@ class Loft(Strategy):
         self._carry = settings.momentum_across_rounds == "carry" or world.size == 1
         self._sub = SubNetwork(architecture, self.groups, world.rank, world.size, device, momentum_travels=self._carry)
         self._trainer = Trainer(self._sub.network, (self._sub.shared, self._sub.partitioned), optimisation, total_steps, precision)
-        self._exchange = AllGatherExchange(self._sub, full_layout(initial, self.groups, self._sub), self.groups, world)
+        self._full = full_layout(initial, self._sub)
+        transport = TRANSPORT_DTYPES[settings.transport_dtype]
+        self._exchange = EXCHANGES[settings.exchange](self._sub, self._full, self.groups, world, transport)
         self._deal = deal(self.groups, world.size, seed, 0)
-        # The full state that was dealt from, until the first exchange has made the gathered one.
-        self._dealt_from: State | None = self._broadcast(initial)
-        self._sub.load(self._dealt_from, self._deal[world.rank])
+        # The full state, until the next round makes it the past.
+        self._whole: State | None = self._broadcast(initial)
+        self._sub.load(self._whole, self._deal[world.rank])
 
     def _broadcast(self, initial: State) -> State:
         """Rank 0's initial state on every rank: two flat buffers, as in every round."""
-        partitioned = full_layout(initial, self.groups, self._sub)
         shared = self._sub.shared.layout
         state: dict[str, Tensor] = {}
-        for layout, purpose in ((partitioned, "partitioned"), (shared, "shared")):
+        for layout, purpose in ((self._full, "partitioned"), (shared, "shared")):
             flat = torch.empty(layout.numel, device=self._sub.shared.values.device)
             views = layout.views(flat)
             for name, view in views.items():
@@ -86,6 +95,7 @@ class Loft(Strategy):
 
     def advance(self) -> Advance:
         """A round: local steps on this rank's sub-network, the exchange, and the next deal."""
+        self._whole = None
         if not self._carry:
             self._trainer.reset_momentum()
         steps = min(self._settings.local_iterations, self.total_steps - self._step)
@@ -93,28 +103,23 @@ class Loft(Strategy):
         losses = self._trainer.steps(self._data.train_batches(self._order, self._step, steps), self._step)
         mean_loss = float(losses) / steps
         start = time.perf_counter()
-        self._exchange.run()
-        self._dealt_from = None
         self._step += steps
         self._round += 1
-        self._next_deal()
+        following = deal(self.groups, self._world.size, self._seed, self._round)
+        self._exchange.run(self._deal, following)
+        self._deal = following
         return Advance(self._step, mean_loss, time.perf_counter() - start, self._round)
 
-    def _next_deal(self) -> None:
-        self._gathered_deal = self._deal
-        self._deal = deal(self.groups, self._world.size, self._seed, self._round)
-        self._exchange.redeal(self._gathered_deal, self._deal)
-
     def full_state(self) -> dict[str, Tensor]:
-        if self._dealt_from is not None:
-            return {name: tensor.detach().clone() for name, tensor in self._dealt_from.items()}
-        merged = self._exchange.merge(self._gathered_deal)
-        return {name: merged[name] for name in self._names}
+        if self._whole is None:
+            merged = self._exchange.merge(self._deal)
+            self._whole = {name: merged[name] for name in self._names}
+        return dict(self._whole)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
         tensors = {f"parameters/{name}": tensor for name, tensor in self.full_state().items()}
         if self._carry:
-            momentum = self._exchange.merge(self._gathered_deal, momentum=True)
+            momentum = self._exchange.merge(self._deal, momentum=True)
             tensors |= {f"momentum/{name}": tensor for name, tensor in momentum.items()}
         return tensors, {"round": self._round}
 
@@ -128,7 +133,7 @@ class Loft(Strategy):
             raise LoftError("the checkpoint belongs to another network: resume with the options that the run was started with")
         self._step, self._round = checkpoint.step, int(checkpoint.progress["round"])
         self._deal = deal(self.groups, self._world.size, self._seed, self._round)
-        self._dealt_from = {name: state[name] for name in self._names}
+        self._whole = {name: state[name] for name in self._names}
         self._sub.load(state, self._deal[self._world.rank])
         if momentum:
             self._sub.load_momentum(momentum, self._deal[self._world.rank])

@@ -41,3 +41,25 @@ def deal(groups: Sequence[FilterGroup], workers: int, seed: int, round_number: i
         for hand, filters in zip(hands, permutation.split(shares(group.width, workers)), strict=True):
             hand[group.name] = filters.sort().values
     return hands
+
+
+def leaving(old: Deal, new: Deal, rank: int, groups: Sequence[FilterGroup]) -> list[dict[str, Tensor]]:
+    """What rank holds in the old deal, by the worker that holds it in the new one (its own part included)."""
+    return _by_holder(old[rank], new, groups)
+
+
+def arriving(old: Deal, new: Deal, rank: int, groups: Sequence[FilterGroup]) -> list[dict[str, Tensor]]:
+    """What rank holds in the new deal, by the worker that held it in the old one: `leaving` of the others, turned round."""
+    return _by_holder(new[rank], old, groups)
+
+
+def _by_holder(hand: dict[str, Tensor], holders: Deal, groups: Sequence[FilterGroup]) -> list[dict[str, Tensor]]:
+    parts: list[dict[str, Tensor]] = [{} for _ in holders]
+    for group in groups:
+        holder = torch.empty(group.width, dtype=torch.int64)
+        for worker, filters in enumerate(holders):
+            holder[filters[group.name]] = worker
+        mine = hand[group.name]
+        for worker, part in enumerate(parts):
+            part[group.name] = mine[holder[mine] == worker]
+    return parts

@@ -53,12 +53,17 @@ class SubNetwork:
 
 def partitioned_layouts(full: Layout, groups: Sequence[FilterGroup], workers: int) -> list[Layout]:
     """The layout of every worker's partitioned buffer, from the full network's shapes of the partitioned parameters."""
-    dimensions: Mapping[str, tuple[int, FilterGroup]] = {name: (dimension, group) for group in groups for name, dimension in group.members}
+    return layouts_of(full, groups, [{group.name: shares(group.width, workers)[worker] for group in groups} for worker in range(workers)])
+
+
+def layouts_of(full: Layout, groups: Sequence[FilterGroup], filters: Sequence[Mapping[str, int]]) -> list[Layout]:
+    """For each entry of `filters`, the layout of the partitioned parameters of so many filters of each group."""
+    dimensions: Mapping[str, tuple[int, str]] = {name: (dimension, group.name) for group in groups for name, dimension in group.members}
     layouts = []
-    for worker in range(workers):
+    for widths in filters:
         shapes = {}
         for name, shape in full.shapes.items():
             dimension, group = dimensions[name]
-            shapes[name] = (*shape[:dimension], shares(group.width, workers)[worker], *shape[dimension + 1 :])
+            shapes[name] = (*shape[:dimension], widths[group], *shape[dimension + 1 :])
         layouts.append(Layout(shapes))
     return layouts

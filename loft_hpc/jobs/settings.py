@@ -14,11 +14,17 @@ def to_json(settings: Any) -> dict:
 
 
 def from_json(kind: type[Settings], fields: dict) -> Settings:
-    """The inverse of `to_json`, validated anew. Raises LoftError where fields are missing or of another shape."""
+    """The inverse of `to_json`, validated anew. Raises LoftError where fields are missing or of another shape.
+
+    A field that the file does not know takes its default: runs of earlier versions stay readable, so an option that comes later must
+    have as its default what was done before.
+    """
     try:
         hints = get_type_hints(kind)
         values = {}
         for field in dataclasses.fields(kind):
+            if field.name not in fields and _has_default(field):
+                continue
             value = fields[field.name]
             if dataclasses.is_dataclass(hints[field.name]):
                 value = from_json(hints[field.name], value)
@@ -37,3 +43,7 @@ def flatten(settings: Any) -> dict[str, Any]:
         value = getattr(settings, field.name)
         leaves |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
     return leaves
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING

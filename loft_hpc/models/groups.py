@@ -18,7 +18,7 @@ from loft_hpc.models.architecture import Architecture
 State = Mapping[str, Tensor]
 Selection = Mapping[str, Tensor]
 
-PARTITION_RULES = ("paper", "all-blocks")
+PARTITION_RULES = ("paper", "later-stages", "all-blocks")
 _STATISTICS = ("running_mean", "running_var")
 _CACHED_ELEMENTS = 1 << 16
 
@@ -74,10 +74,13 @@ def partitioned_groups(groups: Sequence[FilterGroup], rule: str) -> tuple[Filter
     """The groups that LoFT deals to its workers.
 
     `paper`: as in the poster and its release, all but stage 1 and the strided first block of the later stages.
+    `later-stages`: every group but those of stage 1, which hold few parameters and see every image first.
     `all-blocks`: every group.
     """
     if rule == "all-blocks":
         return tuple(groups)
+    if rule == "later-stages":
+        return tuple(group for group in groups if group.stage > 1)
     if rule == "paper":
         return tuple(group for group in groups if group.stage > 1 and not group.changes_shape)
     raise LoftError(f"unknown partition rule '{rule}': choose one of {', '.join(PARTITION_RULES)}")
@@ -108,7 +111,8 @@ def collect(target: State, wanted: Selection, holdings: Sequence[Holding], group
         held = [holding.selection[group.name] for holding in holdings]
         # Where each filter stands when the holdings' filters are laid one after the other.
         place = torch.empty(group.width, dtype=torch.int64)
-        place[torch.cat(held)] = torch.arange(group.width)
+        together = torch.cat(held)
+        place[together] = torch.arange(len(together))
         pick = place[wanted[group.name]]
         for name, dimension in group.members:
             if name in target:
@@ -121,6 +125,9 @@ def collect(target: State, wanted: Selection, holdings: Sequence[Holding], group
 
 def _take(target: Tensor, sources: Sequence[Tensor], pick: Tensor, dimension: int) -> None:
     """target = cat(sources, dimension).index_select(dimension, pick), without the concatenation."""
+    if dimension == 0 and target.dim() == 4 and all(_channels_last(tensor) for tensor in (target, *sources)):
+        # filters lie one after the other in memory: rows of a matrix, which torch copies whole
+        target, *sources = (tensor.permute(0, 2, 3, 1).view(len(tensor), tensor.shape[1:].numel()) for tensor in (target, *sources))
     start = 0
     for source in sources:
         here = (pick >= start) & (pick < start + source.shape[dimension])
@@ -129,21 +136,28 @@ def _take(target: Tensor, sources: Sequence[Tensor], pick: Tensor, dimension: in
         start += source.shape[dimension]
 
 
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def _take_columns(target: Tensor, sources: Sequence[Tensor], pick: Tensor) -> None:
     """The same along the input channels of (O, I, H, W) weights on a CPU.
 
     Channels last, those are single numbers side by side, which numpy's `take` picks faster than torch's indexing does; done for a
-    few output channels at a time, so that the concatenation stays in the cache (bin/bench exchange shows it as `redeal`).
+    few output channels at a time, so that the concatenation stays in the cache (bin/bench exchange shows it as `unpack`).
     """
-    parts = [source.permute(0, 2, 3, 1).numpy() for source in sources]
+    parts = [source.permute(0, 2, 3, 1).numpy() for source in sources if source.numel()]
     result, index = target.permute(0, 2, 3, 1).numpy(), pick.numpy()
-    channels, height, width, _ = result.shape
+    channels, height, width, wanted = result.shape
+    if not wanted:
+        return
     inputs = sum(part.shape[3] for part in parts)
     rows = max(1, _CACHED_ELEMENTS // (height * width * inputs))
-    together = np.empty((rows, height, width, inputs), dtype=result.dtype)
+    together = np.empty((rows, height, width, inputs), dtype=result.dtype) if len(parts) > 1 else None
     for first in range(0, channels, rows):
         block = slice(first, min(first + rows, channels))
-        piece = np.concatenate([part[block] for part in parts], axis=3, out=together[: block.stop - first])
+        pieces = [part[block] for part in parts]
+        piece = np.concatenate(pieces, axis=3, out=together[: block.stop - first]) if len(pieces) > 1 else pieces[0]
         # mode="clip" spares a buffer and a check; the indices are in range by construction
         np.take(piece, index, axis=3, out=result[block], mode="clip")
 

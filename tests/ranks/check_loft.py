@@ -23,6 +23,7 @@ SIZES = (1, 2, 3, 4)
 
 RULES = pytest.mark.parametrize("rule", ["paper", "all-blocks"])
 MOMENTA = pytest.mark.parametrize("momentum", ["reset", "carry"])
+EXCHANGED = pytest.mark.parametrize("exchange", ["allgather", "alltoall"])
 
 
 def everybodys(world, state):
@@ -32,8 +33,9 @@ def everybodys(world, state):
 
 @RULES
 @MOMENTA
-def test_learning_rate_0_leaves_every_bit(world, rule, momentum):
-    training = make_loft(world, lr=0.0, weight_decay=0.0, partition=rule, momentum_across_rounds=momentum)
+@EXCHANGED
+def test_learning_rate_0_leaves_every_bit(world, rule, momentum, exchange):
+    training = make_loft(world, lr=0.0, weight_decay=0.0, partition=rule, momentum_across_rounds=momentum, exchange=exchange)
     before = training.full_state()
     for _ in range(4):
         training.advance()
@@ -52,29 +54,30 @@ def named_momentum(training) -> dict[str, torch.Tensor]:
 
 
 @RULES
+@EXCHANGED
 @pytest.mark.parametrize(("pre_activation", "momentum"), [(False, "reset"), (True, "reset"), (False, "carry")])
-def test_exchange_equals_an_oracle_in_numpy(world, rule, pre_activation, momentum):
+def test_exchange_equals_an_oracle_in_numpy(world, rule, exchange, pre_activation, momentum):
     """Gather every rank's sub-network with mpi4py, merge it by hand, and compare with what the exchange made of it."""
-    training = make_loft(world, tiny(pre_activation), partition=rule, momentum_across_rounds=momentum)
+    training = make_loft(world, tiny(pre_activation), partition=rule, momentum_across_rounds=momentum, exchange=exchange)
     groups = {group.name: group for group in training.groups}
     dimension = {name: (group, d) for group in groups.values() for name, d in group.members}
     for number in range(3):
         before_exchange = {}
-        exchange = training._exchange.run
+        run = training._exchange.run
 
-        def spy(exchange=exchange, seen=before_exchange):
+        def spy(old, new, run=run, seen=before_exchange):
             seen.update({name: parameter.detach().clone() for name, parameter in training._sub.network.named_parameters()})
             seen.update({f"momentum/{name}": tensor for name, tensor in named_momentum(training).items()})
-            exchange()
+            run(old, new)
 
         training._exchange.run = spy
         hands = deal(training.groups, world.size, 5, number)
         training.advance()
-        training._exchange.run = exchange
+        training._exchange.run = run
         parts = everybodys(world, before_exchange)
         results = training.full_state()
         if momentum == "carry":
-            merged = training._exchange.merge(training._gathered_deal, momentum=True)
+            merged = training._exchange.merge(training._deal, momentum=True)
             results |= {f"momentum/{name}": tensor for name, tensor in merged.items()}
             assert any(tensor.abs().max() > 0 for tensor in merged.values())
             check_redealt_momentum(world, training, merged, deal(training.groups, world.size, 5, number + 1))
@@ -127,6 +130,51 @@ def test_all_ranks_hold_the_same_after_each_round_and_twice_the_same(world, mome
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@RULES
+@MOMENTA
+@pytest.mark.parametrize("transport", ["float32", "bfloat16"])
+def test_both_exchanges_learn_bitwise_the_same(world, rule, momentum, transport):
+    settings = {"partition": rule, "momentum_across_rounds": momentum, "transport_dtype": transport}
+    gathered, moved = (make_loft(world, exchange=exchange, **settings) for exchange in ("allgather", "alltoall"))
+    for _ in range(4):
+        gathered.advance()
+        moved.advance()
+        one, other = gathered.full_state(), moved.full_state()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@EXCHANGED
+def test_bfloat16_rounds_what_travels_and_nothing_else(world, exchange):
+    """A filter that stays keeps its float32, one that moves is rounded to nearest, shared ones get the rounded mean change."""
+    if world.size == 1:
+        pytest.skip("nothing travels in a world of one rank")
+    training = make_loft(world, exchange=exchange, transport_dtype="bfloat16")
+    old, new = (deal(training.groups, world.size, 5, number) for number in range(2))
+    seen, start = {}, training.full_state()
+    run = training._exchange.run
+
+    def spy(*deals):
+        seen.update({name: parameter.detach().clone() for name, parameter in training._sub.network.named_parameters()})
+        run(*deals)
+
+    training._exchange.run = spy
+    training.advance()
+    parts, result = everybodys(world, seen), training.full_state()
+    for group in training.groups:
+        kept = sum(len(np.intersect1d(old[rank][group.name], new[rank][group.name])) for rank in range(world.size))
+        assert kept < group.width
+        for worker, hand in enumerate(old):
+            filters = hand[group.name]
+            trained = torch.from_numpy(parts[worker][group.filters])
+            stays = torch.isin(filters, new[worker][group.name]).view(-1, 1, 1, 1)
+            assert torch.equal(result[group.filters][filters], torch.where(stays, trained, trained.bfloat16().float()))
+    for name, parameter in training._sub.network.named_parameters():
+        if name in training._sub.shared.views:
+            changes = [(torch.from_numpy(part[name]) - start[name]).bfloat16().float() for part in parts]
+            mean = torch.stack(changes).mean(0).bfloat16().float()
+            torch.testing.assert_close(parameter, start[name] + mean, rtol=0, atol=float(2**-8 * mean.abs().max()))
+
+
 @MOMENTA
 def test_ledger_equals_the_formula_to_the_byte(world, momentum):
     for rule in ("paper", "all-blocks"):
@@ -145,9 +193,11 @@ def test_ledger_equals_the_formula_to_the_byte(world, momentum):
             )
 
 
-def test_a_round_allocates_no_new_buffers(world):
-    training = make_loft(world)
-    buffers = [training._exchange._gathered, training._sub.shared.content, training._sub.partitioned.content]
+@EXCHANGED
+def test_a_round_allocates_no_new_buffers(world, exchange):
+    training = make_loft(world, exchange=exchange)
+    buffers = [tensor for tensor in vars(training._exchange).values() if isinstance(tensor, torch.Tensor)]
+    buffers += [training._sub.shared.content, training._sub.partitioned.content]
     addresses = [buffer.data_ptr() for buffer in buffers]
     parameters = [parameter.data_ptr() for parameter in training._sub.network.parameters()]
     for _ in range(3):
@@ -157,8 +207,11 @@ def test_a_round_allocates_no_new_buffers(world):
 
 
 @MOMENTA
-def test_checkpoint_continues_bitwise(world, momentum):
-    whole, first, second = (make_loft(world, momentum_across_rounds=momentum) for _ in range(3))
+@EXCHANGED
+@pytest.mark.parametrize("transport", ["float32", "bfloat16"])
+def test_checkpoint_continues_bitwise(world, momentum, exchange, transport):
+    settings = {"momentum_across_rounds": momentum, "exchange": exchange, "transport_dtype": transport}
+    whole, first, second = (make_loft(world, **settings) for _ in range(3))
     for _ in range(4):
         whole.advance()
     for _ in range(2):

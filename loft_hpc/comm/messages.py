@@ -1,0 +1,58 @@
+"""Messages from rank to rank, for what is no collective: mpi4py, non-blocking, on buffers that the caller keeps."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from loft_hpc.comm.ledger import Entry
+from loft_hpc.comm.world import World
+
+SPIN_SECONDS = 100e-6
+PAUSE_SECONDS = 50e-6
+
+
+class Messages:
+    """Sends and receives of contiguous tensors, in the ledger as `send` and `receive`. Made by all ranks together.
+
+    Tags tell messages of one pair of ranks apart; those with the same tag arrive in the order in which they were sent. A tensor that
+    is being sent or received must be left alone until its `wait` has returned.
+    """
+
+    def __init__(self, world: World):
+        self._world = world
+        self._mpi = world.mpi.Dup()  # tags of our own, apart from anybody else's
+
+    def send(self, tensor: Tensor, to: int, tag: int, purpose: str) -> Callable[[], None]:
+        size = tensor.numel() * tensor.element_size()
+        self._world.ledger.record("send", purpose, Entry(1, size, 0, size, 0))
+        host = self._world.staging.to_host(tensor, f"send.{purpose}.{tag}")
+        request = self._mpi.Isend(_bytes(host), to, tag)
+        return lambda kept=host: _complete(request)  # the memory must live as long as the request
+
+    def receive(self, tensor: Tensor, source: int, tag: int, purpose: str) -> Callable[[], Tensor]:
+        size = tensor.numel() * tensor.element_size()
+        self._world.ledger.record("receive", purpose, Entry(1, 0, size, 0, size))
+        host = self._world.staging.host_like(tensor, f"receive.{purpose}.{tag}")
+        request = self._mpi.Irecv(_bytes(host), source, tag)
+
+        def wait() -> Tensor:
+            _complete(request)
+            return self._world.staging.back(host, tensor)
+
+        return wait
+
+
+def _bytes(tensor: Tensor):
+    if not tensor.is_contiguous():
+        raise ValueError("a message must be contiguous in memory")
+    return tensor.detach().view(-1).view(torch.uint8).numpy()
+
+
+def _complete(request) -> None:
+    """Wait without keeping a core busy for long: another rank of this machine may need it for what we wait for."""
+    began = time.perf_counter()
+    while not request.Test():
+        if time.perf_counter() - began > SPIN_SECONDS:
+            time.sleep(PAUSE_SECONDS)
