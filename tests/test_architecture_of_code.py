@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "loft_hpc"
 # From top to bottom: a room imports only from itself and from rooms below it.
-ROOMS = ["cli", "jobs", "tickets", "filterwise", "analysis", "training", "runs", "data", "models", "comm"]
+ROOMS = ["cli", "jobs", "tickets", "filterwise", "pipeline", "analysis", "training", "runs", "data", "models", "comm"]
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE)
 
 

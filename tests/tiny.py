@@ -9,6 +9,7 @@ from loft_hpc.data.order import Order
 from loft_hpc.filterwise.loft import Loft, LoftSettings
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.resnet import build
+from loft_hpc.pipeline.gpipe import GPipe, PipelineSettings
 from loft_hpc.training.settings import Optimisation
 
 CPU = torch.device("cpu")
@@ -34,3 +35,14 @@ def make_loft(
     order = Order(sharing, data.info.train_images, batch_size, seed, world.rank, world.size)
     total = rounds * settings.local_iterations
     return Loft(architecture, initial_state(architecture), settings, optimisation, data, order, total, seed, "float32", CPU, world)
+
+
+def make_gpipe(world, architecture=None, steps=12, batch_size=16, seed=5, lr=0.1, **settings) -> GPipe:
+    """A pipeline on digits, all ranks being one worker; cuts evenly over the blocks unless `settings` say otherwise."""
+    architecture = architecture or tiny()
+    settings = replace(PipelineSettings(split="balanced"), **settings)
+    data = digits(CPU)
+    order = Order("replicated", data.info.train_images, batch_size, seed, 0, 1)
+    return GPipe(
+        architecture, initial_state(architecture), settings, Optimisation(lr=lr), data, order, steps, "float32", CPU, world
+    )  # fmt: skip

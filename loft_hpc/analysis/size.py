@@ -28,3 +28,16 @@ def network_size(architecture: Architecture, hidden_widths: Mapping[str, int] | 
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(image)
     return Size(sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops())
+
+
+def section_flops(architecture: Architecture, image_size: int) -> list[int]:
+    """FLOPs per image of the stem, of every residual block, and of the head, as in `network_size`: their sum."""
+    with torch.device("meta"):
+        network = ResidualNetwork(architecture, architecture.hidden_widths()).eval()
+        x = torch.empty(1, architecture.in_channels, image_size, image_size)
+        flops = []
+        for section in network.sections():
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                x = section(x)
+            flops.append(counter.get_total_flops())
+    return flops

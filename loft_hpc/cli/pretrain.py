@@ -27,6 +27,7 @@ from loft_hpc.jobs.pretrain import STRATEGIES, PretrainSettings, pretrain
 from loft_hpc.jobs.settings import flatten
 from loft_hpc.models.architecture import MODEL_NAMES
 from loft_hpc.models.groups import PARTITION_RULES
+from loft_hpc.pipeline.gpipe import PipelineSettings
 from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 
 loft_options = several(
@@ -38,6 +39,14 @@ loft_options = several(
     option(LoftSettings, "shard_data", "Disjoint shards of every epoch for the ranks, in place of all data in an order of their own.", is_flag=True),
 )  # fmt: skip
 
+pipeline_options = several(
+    option(PipelineSettings, "micro_batches", "Parts that gpipe cuts each batch into.", type=int),
+    option(
+        PipelineSettings, "split", "Where gpipe cuts the network: stages, balanced (by FLOPs), or after these blocks: 3,7,13.", type=str
+    ),
+    option(PipelineSettings, "recompute", "Compute activations again for gpipe's backward pass, in place of keeping them.", is_flag=True),
+)
+
 
 @click.command("pretrain")
 @option(PretrainSettings, "strategy", "How the ranks train together.", type=click.Choice(STRATEGIES))
@@ -46,8 +55,11 @@ loft_options = several(
 @data_options
 @option(PretrainSettings, "epochs", "Walks through the training images, per worker.", type=int)
 @option(PretrainSettings, "rounds", "Rounds of --local-iterations steps, in place of --epochs.", type=int)
-@option(PretrainSettings, "batch_size", "Images per step: of each worker under loft, of all together under data-parallel.", type=int)
+@option(
+    PretrainSettings, "batch_size", "Images per step: of each worker under loft, of all together under data-parallel and gpipe.", type=int
+)
 @loft_options
+@pipeline_options
 @optimisation_options()
 @option(PretrainSettings, "seed", "Decides initialisation, deals, data order and augmentation.", type=int)
 @option(PretrainSettings, "snapshot_every", "Epochs between full snapshots (0: only the first and the last).", type=int)
@@ -61,7 +73,8 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
     """Train a network over all ranks so that its winning ticket can be drawn from it.
 
     With --strategy loft every rank trains a narrow sub-network that holds a random share of every dealt block's hidden filters;
-    after --local-iterations steps the ranks exchange them and the filters are dealt anew.
+    after --local-iterations steps the ranks exchange them and the filters are dealt anew. data-parallel and gpipe are the baselines:
+    every rank the whole network and a part of each batch; every rank a part of the network and each batch in micro-batches.
 
     Example: mpirun -np 4 loft pretrain --model resnet34
     """
@@ -71,15 +84,17 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
         options,
         data=fill(DataSettings, options),
         loft=fill(LoftSettings, options),
+        pipeline=fill(PipelineSettings, options),
         optimisation=fill(Optimisation, options),
         evaluation=fill(Evaluation, options),
         computation=fill(Computation, options),
     )
     if given.rounds is not None and "epochs" in typed(context):
         raise click.UsageError("give --epochs or --rounds, not both")
-    strange = sorted(typed(context) & set(flatten(given.loft))) if given.strategy != "loft" else []
-    if strange:
-        raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --strategy loft")
+    for owner, own in (("loft", given.loft), ("gpipe", given.pipeline)):
+        strange = sorted(typed(context) & set(flatten(own))) if given.strategy != owner else []
+        if strange:
+            raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --strategy {owner}")
     path = Path(run_path) if run_path else None
     job.join()
     settings = for_run(given, "pretrain", typed(context), path, resume)

@@ -47,6 +47,10 @@ class DataSet(ABC):
         """`steps` augmented batches of this rank from `first_step` on; the same images and augmentation whenever asked again."""
 
     @abstractmethod
+    def train_labels(self, order: Order, first_step: int, steps: int) -> Iterator[Tensor]:
+        """The labels of `train_batches` alone, for a rank that sees no images."""
+
+    @abstractmethod
     def calibration_batches(self, batches: int, batch_size: int, rank: int, size: int) -> Iterator[Batch]:
         """This rank's share (batch b goes to rank b % size) of `batches` fixed batches of training images, not augmented."""
 
@@ -74,6 +78,10 @@ class TensorDataSet(DataSet):
             batch = order.indices(step).to(images.device)
             draw = seeds.generator(order.seed, "augment", step, order.rank)
             yield self._augmentation.train(images[batch], draw), labels[batch]
+
+    def train_labels(self, order: Order, first_step: int, steps: int) -> Iterator[Tensor]:
+        labels = self._train[1]
+        return (labels[order.indices(step).to(labels.device)] for step in range(first_step, first_step + steps))
 
     def calibration_batches(self, batches: int, batch_size: int, rank: int, size: int) -> Iterator[Batch]:
         images, labels = self._train

@@ -37,6 +37,8 @@ class FolderDataSet(DataSet):
         images = _Images({"train": train, "val": test}, size)
         # Evaluations come in the middle of the training, whose loader goes on reading ahead meanwhile.
         self._training, self._evaluating = (_Loader(images, loader_workers, device) for _ in range(2))
+        self._device = device
+        self._train_targets = torch.tensor(train.targets)
         self._stream: tuple[Order, int, Iterator[Batch]] | None = None
         names = hashlib.sha256()
         for split in (train, test):
@@ -60,6 +62,10 @@ class FolderDataSet(DataSet):
         for step in range(first_step, first_step + steps):
             self._stream = (order, step + 1, stream)
             yield next(stream)
+
+    def train_labels(self, order: Order, first_step: int, steps: int) -> Iterator[torch.Tensor]:
+        for step in range(first_step, first_step + steps):
+            yield self._train_targets[order.indices(step)].to(self._device)
 
     def calibration_batches(self, batches: int, batch_size: int, rank: int, size: int) -> Iterator[Batch]:
         mine = calibration_indices(self.info.train_images, batches, batch_size)[rank::size]

@@ -14,13 +14,14 @@ from loft_hpc.jobs.settings import from_json
 from loft_hpc.jobs.training_run import destination, prepare, train_into
 from loft_hpc.models.architecture import architecture
 from loft_hpc.models.resnet import build
+from loft_hpc.pipeline.gpipe import GPipe, PipelineSettings
 from loft_hpc.runs.run import Run
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.session import Outcome, Watcher
 from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 from loft_hpc.training.strategy import Strategy
 
-STRATEGIES = ("loft", "data-parallel")
+STRATEGIES = ("loft", "data-parallel", "gpipe")
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class PretrainSettings:
     rounds: int | None = None
     """Rounds of `local_iterations` steps, in place of epochs."""
     batch_size: int = 64
-    """Images per step: of each worker under `loft`, of all ranks together under `data-parallel`."""
+    """Images per step: of each worker under `loft`, of all ranks together under `data-parallel` and `gpipe`."""
     seed: int = 0
     snapshot_every: int = 1
     """Epochs between full snapshots; 0 keeps the first and the last alone."""
     data: DataSettings = field(default_factory=DataSettings)
     loft: LoftSettings = field(default_factory=LoftSettings)
+    pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     optimisation: Optimisation = field(default_factory=Optimisation)
     evaluation: Evaluation = field(default_factory=Evaluation)
     computation: Computation = field(default_factory=Computation)
@@ -55,6 +57,8 @@ class PretrainSettings:
             raise LoftError("--seed and --snapshot-every must be 0 or more", usage=True)
         if self.rounds is not None and self.strategy != "loft":
             raise LoftError(f"--rounds counts LoFT's rounds: use --epochs with --strategy {self.strategy}", usage=True)
+        if self.strategy == "gpipe":
+            self.pipeline.check_batch(self.batch_size)
 
 
 def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world: World, watcher: Watcher) -> tuple[Path, Outcome]:
@@ -69,8 +73,7 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     workplace = prepare(settings, world)
     info, device, precision = workplace.data.info, workplace.device, settings.computation.precision
     network = architecture(settings.model, info.num_classes, info.channels, info.stem, settings.widen)
-    sharing = "split" if settings.strategy == "data-parallel" else "sharded" if settings.loft.shard_data else "replicated"
-    order = Order(sharing, info.train_images, settings.batch_size, settings.seed, world.rank, world.size)
+    order = _order(settings, info.train_images, world)
     total_steps = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * order.steps_per_epoch
     # Parameters alone: nothing keeps statistics, and every evaluation makes its own.
     initial = {name: tensor.detach() for name, tensor in build(network, seed=seeds.derive(settings.seed, "init")).named_parameters()}
@@ -81,10 +84,20 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
         strategy = Loft(network, initial, settings.loft, *common, settings.seed, precision, device, world)
         divided = division(network, settings.loft.partition)
         details = {"parameters": parameters, "partitioned_parameters": divided.partitioned, "shared_parameters": divided.shared}
+    elif settings.strategy == "gpipe":
+        strategy = GPipe(network, initial, settings.pipeline, *common, precision, device, world)
+        details = {"parameters": parameters, "cut_after_blocks": list(strategy.cuts)}
     else:
         strategy = DataParallel(network, None, initial, *common, precision, device, world)
         details = {"parameters": parameters}
     return where.path, train_into(where, "pretrain", strategy, settings, network, None, details, order, workplace, world, watcher)
+
+
+def _order(settings: PretrainSettings, train_images: int, world: World) -> Order:
+    """Who sees which images: all ranks of a pipeline are one worker."""
+    rank, size = (0, 1) if settings.strategy == "gpipe" else (world.rank, world.size)
+    sharing = "split" if settings.strategy == "data-parallel" else "sharded" if settings.loft.shard_data else "replicated"
+    return Order(sharing, train_images, settings.batch_size, settings.seed, rank, size)
 
 
 def settings_of(run: Run) -> PretrainSettings:

@@ -81,6 +81,19 @@ class Architecture:
         """Hidden filters of each block, by the block's name."""
         return {block.name: int(block.out_channels * self.widen) for block in self.block_shapes()}
 
+    def block_outputs(self, image_size: int) -> list[tuple[int, int, int]]:
+        """What each block hands to the next one for an image of (in_channels, image_size, image_size): (channels, height, width)."""
+
+        def halved(size: int) -> int:
+            return (size + 1) // 2  # every strided layer here pads so that odd sizes round up
+
+        size = halved(halved(image_size)) if self.stem == "imagenet" else image_size
+        shapes = []
+        for block in self.block_shapes():
+            size = halved(size) if block.stride == 2 else size
+            shapes.append((block.out_channels, size, size))
+        return shapes
+
     def to_json(self) -> dict:
         return asdict(self)
 

@@ -89,6 +89,12 @@ class ResidualNetwork(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(architecture.widths[-1], architecture.num_classes)
 
+    def sections(self) -> list[nn.Sequential]:
+        """The network as a row of modules to be run one after the other: stem, every residual block, head. Parameters are shared."""
+        blocks = [nn.Sequential(block) for name in self.stage_names for block in self.get_submodule(name)]
+        stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
+        return [stem, *blocks, nn.Sequential(self.avgpool, nn.Flatten(1), self.fc)]
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for name in self.stage_names:

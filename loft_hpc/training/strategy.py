@@ -17,7 +17,7 @@ class Advance:
     mean_loss: float
     """Mean loss of this rank's steps in this stretch."""
     exchange_seconds: float
-    """Wall time of this rank in collectives and in unpacking them."""
+    """Wall time of this rank in collectives and in unpacking them, or in waiting for messages."""
     rounds: int | None = None
     """Rounds done so far, where the strategy has rounds."""
 

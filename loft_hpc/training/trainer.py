@@ -28,17 +28,13 @@ def stop_statistics(network: nn.Module) -> None:
             module.track_running_stats = False
 
 
-class Trainer:
-    """A network, its parameters in flat buffers, and torch's SGD over those buffers."""
+class FlatSGD:
+    """torch's SGD over flat buffers, with a learning rate that is a function of the step."""
 
-    def __init__(
-        self, network: nn.Module, buffers: Sequence[ParameterBuffer], optimisation: Optimisation, total_steps: int, precision: str
-    ):
-        self.network = network
+    def __init__(self, buffers: Sequence[ParameterBuffer], optimisation: Optimisation, total_steps: int):
         self._buffers = [buffer for buffer in buffers if buffer.layout.numel]
         self._optimisation = optimisation
         self._total_steps = total_steps
-        self._autocast = precision == "bfloat16"
         self._sgd = torch.optim.SGD(
             [buffer.flat for buffer in self._buffers],
             lr=optimisation.lr,
@@ -47,12 +43,37 @@ class Trainer:
         )
         for buffer in self._buffers:
             self._sgd.state[buffer.flat]["momentum_buffer"] = buffer.momentum
-        stop_statistics(network)
-        network.train()
+
+    def zero_gradients(self) -> None:
+        for buffer in self._buffers:
+            buffer.gradient.zero_()
+
+    def step(self, number: int) -> None:
+        """Update the parameters; `number` counts from 0 over the whole training."""
+        for group in self._sgd.param_groups:
+            group["lr"] = self._optimisation.lr_at(number, self._total_steps)
+        self._sgd.step()
 
     def reset_momentum(self) -> None:
         for buffer in self._buffers:
             buffer.momentum.zero_()
+
+
+class Trainer:
+    """A network, its parameters in flat buffers, and SGD over those buffers."""
+
+    def __init__(
+        self, network: nn.Module, buffers: Sequence[ParameterBuffer], optimisation: Optimisation, total_steps: int, precision: str
+    ):
+        self.network = network
+        self._device = next(network.parameters()).device
+        self._autocast = precision == "bfloat16"
+        self._sgd = FlatSGD(buffers, optimisation, total_steps)
+        stop_statistics(network)
+        network.train()
+
+    def reset_momentum(self) -> None:
+        self._sgd.reset_momentum()
 
     def steps(
         self,
@@ -66,18 +87,15 @@ class Trainer:
         With `global_batch`, a batch is this rank's part of one of that size: its loss is divided by the whole batch's size, and
         `combine_gradients` sums the gradients over the ranks before each step.
         """
-        total = torch.zeros((), device=self._buffers[0].values.device)
+        total = torch.zeros((), device=self._device)
         for step, (images, labels) in enumerate(batches, start=first_step):
-            for buffer in self._buffers:
-                buffer.gradient.zero_()
+            self._sgd.zero_gradients()
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self._autocast):
                 output = self.network(images)
             loss = F.cross_entropy(output.float(), labels, reduction="sum") / (global_batch or len(labels))
             loss.backward()
             if combine_gradients:
                 combine_gradients()
-            for group in self._sgd.param_groups:
-                group["lr"] = self._optimisation.lr_at(step, self._total_steps)
-            self._sgd.step()
+            self._sgd.step(step)
             total += loss.detach()
         return total
