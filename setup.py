@@ -13,6 +13,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["loft_hpc", "loft_hpc.*"]),
+    package_data={"loft_hpc.analysis": ["clusters/*.toml"]},
     python_requires=">=3.10",
     # torch, torchvision, mpi4py and horovod must match one another: bin/install/pins.txt holds their versions, and bin/setup
     # builds Horovod with the changes that today's torch needs (a plain `pip install horovod` does not compile).
@@ -27,6 +28,9 @@ setup(
         "safetensors>=0.4",
         "scikit-learn>=1.3",
         "scikit-image>=0.22",
+        "scipy>=1.11",
+        "matplotlib>=3.8",
+        "tomli>=2; python_version < '3.11'",
     ],
     extras_require={"test": ["pytest>=8"]},
     entry_points={"console_scripts": ["loft = loft_hpc.cli.main:main"]},

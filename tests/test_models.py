@@ -4,8 +4,8 @@ import pytest
 import torch
 import torchvision
 
-from loft_hpc.analysis.commcost import division
 from loft_hpc.analysis.size import network_size
+from loft_hpc.analysis.traffic import division
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.partition import deal, shares
 from loft_hpc.models.architecture import MODEL_NAMES, Architecture, architecture

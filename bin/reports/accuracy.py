@@ -32,16 +32,15 @@ RECIPES = {
         ("--epochs", "10"),
     ),
     "textures": Recipe(
-        ("--model", "resnet20", "--widen", "2", "--dataset", "textures", "--image-size", "16"),
-        ("--lr", "0.1", "--batch-size", "32", "--epochs", "8", "--local-iterations", "8"),
-        ("--epochs", "6"),
+        ("--model", "resnet20", "--widen", "2", "--dataset", "textures", "--image-size", "12"),
+        ("--lr", "0.1", "--batch-size", "32", "--epochs", "6", "--local-iterations", "8"),
+        ("--epochs", "5"),
     ),
 }
 BASELINE = "paper, float32"
 VARIANTS = {
     BASELINE: (),
     "paper, bfloat16": ("--transport-dtype", "bfloat16"),
-    "later-stages, float32": ("--partition", "later-stages"),
     "later-stages, bfloat16": ("--partition", "later-stages", "--transport-dtype", "bfloat16"),
     "all-blocks, float32": ("--partition", "all-blocks"),
     "all-blocks, bfloat16": ("--partition", "all-blocks", "--transport-dtype", "bfloat16"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -47,6 +50,35 @@ class Job:
     def show(self, format: str, fields: dict[str, Any], text: str) -> None:
         """Results, as JSON with stable keys or as the text that a person reads."""
         self.say(json.dumps(fields, indent=2) if format == "json" else text)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A table that can be printed in several ways: `header` and `rows` for people, `records` with units in their keys for programs."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    records: Sequence[dict[str, Any]]
+    notes: Sequence[str] = ()
+
+    def printed(self, format: str) -> str:
+        """As `table`, `csv` (the records) or `latex` (a tabular of the table)."""
+        if format == "csv":
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(self.records[0]) if self.records else [], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.records)
+            return text.getvalue().rstrip("\n")
+        if format == "latex":
+            lines = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in [self.header, *self.rows]]
+            columns = "l" + "r" * (len(self.header) - 1)
+            body = "\n".join([lines[0], r"\hline", *lines[1:]])
+            return "\n".join([rf"\begin{{tabular}}{{{columns}}}", body, r"\end{tabular}", *(f"% {note}" for note in self.notes)])
+        return "\n".join([table(self.header, self.rows), *self.notes])
+
+
+def _latex(cell: str) -> str:
+    return "".join("\\" + letter if letter in "%_&#$" else letter for letter in cell)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -16,6 +16,38 @@ FIXED_SIZE = ("digits", *CIFAR)
 
 
 @dataclass(frozen=True)
+class DataShape:
+    """What a network and its cost depend on of a data set."""
+
+    num_classes: int
+    channels: int
+    image_size: int
+    train_images: int
+
+    @property
+    def stem(self) -> str:
+        return "imagenet" if self.image_size > 64 else "cifar"
+
+
+_SHAPES = {
+    "digits": DataShape(10, 1, 8, 1437),
+    "textures": DataShape(18, 1, 32, 3600),
+    "cifar10": DataShape(10, 3, 32, 50_000),
+    "cifar100": DataShape(100, 3, 32, 50_000),
+    "imagenet": DataShape(1000, 3, 224, 1_281_167),
+    "synthetic": DataShape(10, 3, 32, 2000),
+}
+
+
+def known_shape(dataset: str, image_size: int | None = None) -> DataShape:
+    """A data set's shape without its files. Raises LoftError for folders, which have none before they are looked at."""
+    if dataset not in _SHAPES:
+        raise LoftError(f"{dataset} has no shape of its own: give one of {', '.join(_SHAPES)}", usage=True)
+    settings = DataSettings(dataset=dataset, image_size=image_size)
+    return replace(_SHAPES[dataset], image_size=settings.image_size or _SHAPES[dataset].image_size)
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """Which data, and where they lie."""
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loft_hpc import seeds
-from loft_hpc.analysis.commcost import division
+from loft_hpc.analysis.traffic import division
 from loft_hpc.comm.world import World
 from loft_hpc.data.order import Order
 from loft_hpc.data.registry import DataSettings
