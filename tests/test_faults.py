@@ -19,14 +19,14 @@ from launching import LAUNCH_ENVIRONMENT, launch, loft, told
 LONG = ("pretrain", "--model", "resnet20", "--epochs", "500")
 
 
-def start_training(ranks: int, path: Path, *options: str) -> subprocess.Popen:
-    """Start a training, a long one by default, and wait until it has done a round."""
+def start_training(ranks: int, path: Path, *options: str, until: str = "round") -> subprocess.Popen:
+    """Start a training, a long one by default, and wait until it has done a round (or has logged another event)."""
     process = subprocess.Popen(
         ["mpirun", "-np", str(ranks), "loft", *(("pretrain", *options) if options else LONG), "--run", str(path)], env=os.environ | LAUNCH_ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     log, end = path / "metrics.jsonl", time.monotonic() + 120
-    while not log.exists() or log.read_text().count("round") < 1:
+    while not log.exists() or log.read_text().count(f'"{until}"') < 1:
         if process.poll() is not None or time.monotonic() > end:
             os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"the training did not start: {process.communicate()}")
@@ -69,6 +69,55 @@ def test_a_killed_rank_ends_the_job(tmp_path, victim):
     assert process.returncode != 0
     assert alive(pids) == []
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
+
+
+@pytest.mark.parametrize("victim", [0, 1, 3])
+def test_a_rank_that_dies_in_the_middle_of_a_pipeline_ends_the_job(tmp_path, victim):
+    """The others wait for its messages in MPI itself."""
+    path = tmp_path / "run"
+    options = ("--strategy", "gpipe", "--model", "resnet20", "--split", "balanced", "--epochs", "500", "--evaluate-every", "500")
+    process = start_training(4, path, *options, until="epoch")
+    pids = rank_processes(process)
+    os.kill(pids[victim], signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        process.communicate(timeout=20)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0 and time.monotonic() - began < 15
+    assert alive(pids) == []
+
+
+def test_a_mistake_on_one_rank_of_a_pipeline_ends_the_job(tmp_path):
+    """Rank 0 alone reads the images, and cannot read one; rank 1 waits for its activations."""
+    from test_data import make_folder
+
+    make_folder(tmp_path / "data")
+    common = ("--strategy", "gpipe", "--split", "balanced", "--model", "resnet20", "--dataset", "imagefolder", "--image-size", "32",
+              "--batch-size", "4", "--micro-batches", "2", "--epochs", "500", "--evaluate-every", "500", "--statistics-batches", "1",
+              "--statistics-batch", "2", "--loader-workers", "0", "--data-dir", tmp_path / "data", "--run", tmp_path / "run")  # fmt: skip
+    (tmp_path / "data" / "train" / "cat" / "0.png").write_bytes(b"no image")
+    result = loft("pretrain", *common, ranks=2, seconds=90)
+    assert result.code != 0
+    assert "0.png cannot be read" in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "code", "told_line"),
+    [
+        (4, (), 1, "loft: resnet20 has 3 stages, too few for 4 ranks: use --split balanced, or name the cuts"),
+        (2, ("--split", "9"), 1, "loft: --split 9 cuts after block 9, but resnet20 has 9: cut after 1 to 8"),
+        (2, ("--split", "3,5"), 1, "loft: --split 3,5 makes 3 stages for 2 ranks: give 1 cuts"),
+        (2, ("--micro-batches", "5"), 2, "loft: --batch-size 64 cannot be cut into 5 equal micro-batches: make it a multiple of them"),
+        (2, ("--local-iterations", "4"), 2, "loft: --local-iterations belongs to --strategy loft (see loft pretrain --help)"),
+    ],
+)
+def test_mistakes_about_pipelines_are_told_once(tmp_path, ranks, options, code, told_line):
+    arguments = ("pretrain", "--strategy", "gpipe", "--model", "resnet20", "--run", tmp_path / "run", *options)
+    result = loft(*arguments, ranks=ranks, seconds=60)
+    assert result.code == code and told(result) == [told_line], result.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_alone_meets_a_mistake_says_so_and_ends_the_job(tmp_path):

@@ -1,12 +1,14 @@
 """One LoFT exchange against raw mpi4py collectives on the same bytes, taking turns in the same run.
 
-Legend: `raw` is mpi4py's Allgatherv and Allreduce of as many bytes from and into buffers that are there already; `collectives` the
-same through comm/ (Horovod, with the ledger); `exchange` all of what a round does to get the ranks to agree (remember the shared
-parameters, take the difference, both collectives, add the mean); `redeal` fills the next sub-network out of the gathered buffer.
+Legend: `raw` is mpi4py's collectives of as many bytes from and into buffers that are there already (Allgatherv or Alltoallv of the
+partitioned parameters; Allreduce of the shared ones, or Alltoallv and Allgatherv of them in 16 bits); `exchange` all of what a round
+does to get the ranks to agree (remember the shared parameters, take the difference, the collectives, add the mean); `pack` and
+`unpack` lay out what leaves and fill the next sub-network.
 """
 
 import statistics
 import time
+from itertools import pairwise
 
 import click
 import numpy as np
@@ -14,51 +16,67 @@ import torch
 from mpi4py import MPI
 
 from loft_hpc.comm.world import start
-from loft_hpc.filterwise.exchange import AllGatherExchange, full_layout
-from loft_hpc.filterwise.partition import deal
+from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES, full_layout
+from loft_hpc.filterwise.partition import deal, shares
 from loft_hpc.filterwise.subnetwork import SubNetwork
 from loft_hpc.models.architecture import MODEL_NAMES, architecture
-from loft_hpc.models.groups import filter_groups, partitioned_groups
+from loft_hpc.models.groups import PARTITION_RULES, filter_groups, partitioned_groups
 from loft_hpc.models.resnet import build
 from loft_hpc.training.device import place
 
 
+class Raw:
+    """The same bytes by mpi4py alone."""
+
+    def __init__(self, world, exchange, own: int, shared: int, bits: int):
+        self._mpi, self._exchange, self._size = world.mpi, exchange, world.size
+        self._kind = np.float32 if bits == 32 else np.int16
+        self._own, self._shared = (np.zeros(count, dtype=self._kind) for count in (own, shared))
+        self._counts = world.mpi.allgather(own)
+        self._gathered = np.zeros(sum(self._counts), dtype=self._kind)
+        self._chunks = shares(shared, world.size)
+        self._mine = np.zeros(self._chunks[world.rank], dtype=self._kind)
+        self._of_all = np.zeros(world.size * len(self._mine), dtype=self._kind)
+        self._datatype = MPI.FLOAT if bits == 32 else MPI.INT16_T
+
+    def run(self) -> None:
+        if hasattr(self._exchange, "_sent"):
+            sent, received = self._exchange._sent, self._exchange._received
+            self._mpi.Alltoallv([self._own, sent, self._datatype], [self._gathered[: sum(received)], received, self._datatype])
+        else:
+            self._mpi.Allgatherv(self._own, [self._gathered, self._counts, self._datatype])
+        if self._kind == np.float32:
+            self._mpi.Allreduce(MPI.IN_PLACE, self._shared)
+        else:
+            same = [len(self._mine)] * self._size
+            self._mpi.Alltoallv([self._shared, self._chunks, self._datatype], [self._of_all, same, self._datatype])
+            self._mpi.Allgatherv(self._mine, [self._shared, self._chunks, self._datatype])
+
+
 @click.command(help=__doc__)
 @click.option("--model", type=click.Choice(MODEL_NAMES), default="resnet34", show_default=True)
+@click.option("--widen", type=float, help="[default: the model's own]")
+@click.option("--exchange", "kind", type=click.Choice(list(EXCHANGES)), default="allgather", show_default=True)
+@click.option("--partition", "rule", type=click.Choice(PARTITION_RULES), default="paper", show_default=True)
+@click.option("--transport-dtype", "transport", type=click.Choice(list(TRANSPORT_DTYPES)), default="float32", show_default=True)
 @click.option("--repetitions", type=click.IntRange(3), default=31, show_default=True)
-def main(model: str, repetitions: int) -> None:
+def main(model: str, widen: float | None, kind: str, rule: str, transport: str, repetitions: int) -> None:
     world = start()
     device, _ = place("cpu", "float32", world)
-    network = architecture(model, 10)
-    groups = partitioned_groups(filter_groups(network), "paper")
+    network = architecture(model, 10, widen=widen)
+    groups = partitioned_groups(filter_groups(network), rule)
     initial = {name: parameter.detach() for name, parameter in build(network, seed=0).named_parameters()}
     sub = SubNetwork(network, groups, world.rank, world.size, device, momentum_travels=False)
-    exchange = AllGatherExchange(sub, full_layout(initial, groups, sub), groups, world)
-    deals = [deal(groups, world.size, 0, number) for number in range(repetitions + 1)]
-    sub.load(initial, deals[0][world.rank])
-
-    mine = np.zeros(sub.partitioned.content.numel(), dtype=np.float32)
-    shared = np.zeros(sub.shared.content.numel(), dtype=np.float32)
-    counts = world.mpi.allgather(len(mine))
-    gathered = np.zeros(sum(counts), dtype=np.float32)
-    arriving = torch.zeros(sum(counts))
-
-    def raw() -> None:
-        world.mpi.Allgatherv(mine, [gathered, counts])
-        world.mpi.Allreduce(MPI.IN_PLACE, shared)
-
-    def collectives() -> None:
-        gathering = world.all_gather(sub.partitioned.content, arriving, counts, "partitioned")
-        summing = world.all_reduce_(zeros, "shared")
-        gathering()
-        summing()
-
-    def whole_exchange() -> None:
-        exchange.begin_round()
-        exchange.run()
-
-    zeros = torch.zeros_like(sub.shared.content)
-    times: dict[str, list[float]] = {"raw": [], "collectives": [], "exchange": [], "redeal": []}
+    dtype = TRANSPORT_DTYPES[transport]
+    exchange = EXCHANGES[kind](sub, full_layout(initial, sub), groups, world, dtype)
+    deals = [deal(groups, world.size, 0, number) for number in range(repetitions + 2)]
+    rounded = {name: tensor.to(dtype).float() if name in sub.partitioned.views else tensor for name, tensor in initial.items()}
+    sub.load(rounded, deals[0][world.rank])
+    exchange.begin_round()
+    exchange.run(deals[0], deals[1])
+    raw = Raw(world, exchange, sub.partitioned.content.numel(), sub.shared.content.numel(), 8 * dtype.itemsize)
+    raw.run()
+    times: dict[str, list[float]] = {name: [] for name in ("raw", "exchange", "pack", "unpack")}
 
     def timed(name: str, action) -> None:
         world.barrier()
@@ -67,27 +85,30 @@ def main(model: str, repetitions: int) -> None:
         world.barrier()
         times[name].append(time.perf_counter() - begun)
 
-    raw()
-    for number in range(repetitions):
-        timed("raw", raw)
-        timed("collectives", collectives)
+    def whole_exchange() -> None:
+        exchange.begin_round()
+        exchange.communicate()
+
+    for old, new in pairwise(deals[1:]):
+        timed("pack", lambda old=old, new=new: exchange.pack(old, new))
+        timed("raw", raw.run)
         timed("exchange", whole_exchange)
-        timed("redeal", lambda number=number: exchange.redeal(deals[number], deals[number + 1]))
-    merged = exchange.merge(deals[-2])
-    if not all(torch.equal(merged[name], initial[name]) for name in initial):
+        timed("unpack", lambda old=old, new=new: exchange.unpack(old, new))
+    merged = exchange.merge(deals[-1])
+    if not all(torch.equal(merged[name], rounded[name]) for name in initial):
         raise SystemExit("the exchange changed parameters that nobody trained: the timing means nothing")
     if world.rank == 0:
         medians = {name: statistics.median(values) for name, values in times.items()}
+        bytes_each = sub.partitioned.content.numel() * dtype.itemsize, sub.shared.content.numel() * dtype.itemsize
         click.echo(
-            f"{model}, {world.size} ranks, {repetitions} repetitions; per rank {mine.nbytes:,} partitioned and {shared.nbytes:,} shared bytes"
+            f"{model}, {kind}, {rule}, {transport}, {world.size} ranks, {repetitions} repetitions; a rank holds {bytes_each[0]:,} partitioned and "
+            f"{bytes_each[1]:,} shared bytes"
         )
         for name, values in times.items():
             low, _, high = statistics.quantiles(values, n=4)
             click.echo(
                 f"{name:11} median {1e3 * medians[name]:8.2f} ms   quartiles {1e3 * low:.2f} to {1e3 * high:.2f}   {medians[name] / medians['raw']:.2f} x raw"
             )
-        both = medians["exchange"] + medians["redeal"]
-        click.echo(f"exchange and redeal together {1e3 * both:.2f} ms   {both / medians['raw']:.2f} x raw")
 
 
 if __name__ == "__main__":

@@ -41,9 +41,8 @@ BASELINE = "paper, float32"
 VARIANTS = {
     BASELINE: (),
     "paper, bfloat16": ("--transport-dtype", "bfloat16"),
-    "later-stages, bfloat16": ("--partition", "later-stages", "--transport-dtype", "bfloat16"),
+    "paper, bfloat16, averaged every 4": ("--transport-dtype", "bfloat16", "--average-every", "4"),
     "all-blocks, float32": ("--partition", "all-blocks"),
-    "all-blocks, bfloat16": ("--partition", "all-blocks", "--transport-dtype", "bfloat16"),
 }
 
 
@@ -56,7 +55,7 @@ class Study:
     def accuracies(self, dataset: str, variant: str, seed: int) -> dict[str, float]:
         """Test accuracy in per cent of the merged network, and of its tickets after retraining."""
         recipe = RECIPES[dataset]
-        folder = self._folder / dataset / variant.replace(", ", "-") / f"seed-{seed}"
+        folder = self._folder / dataset / variant.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
         quiet = ("--evaluate-every", "1000", "--snapshot-every", "0", "--seed", str(seed))
         pretrained = folder / "pretrain"
         train = ("pretrain", *recipe.network, *recipe.pretraining, "--exchange", "alltoall", *VARIANTS[variant], *quiet)

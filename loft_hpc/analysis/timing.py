@@ -99,9 +99,9 @@ def training_seconds(cluster: Cluster, forward_flops: float) -> float:
     return (1 + BACKWARD_PER_FORWARD) * forward_flops / cluster.flops_per_second
 
 
-def loft_epoch(cluster: Cluster, images: int, rounds: float, sub_flops: float, exchange: Sequence[Flow], workers: int) -> Seconds:
-    """`images` that each worker walks, `sub_flops` of a sub-network per image."""
-    return Seconds(training_seconds(cluster, images * sub_flops), rounds * cluster.collective_seconds(exchange, workers))
+def loft_epoch(cluster: Cluster, images: int, share: float, sub_flops: float, flows: Sequence[Flow], workers: int) -> Seconds:
+    """`images` that each worker walks, `sub_flops` of a sub-network per image, `flows` of a training of which an epoch is this share."""
+    return Seconds(training_seconds(cluster, images * sub_flops), share * cluster.collective_seconds(flows, workers))
 
 
 def data_parallel_epoch(cluster: Cluster, images: int, steps: int, flops: float, step: Sequence[Flow], workers: int) -> Seconds:

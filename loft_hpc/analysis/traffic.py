@@ -110,8 +110,10 @@ def loft_round(
     element_bytes: int = FLOAT32_BYTES,
     copies: int = 1,
     moved: int | None = None,
+    average: bool = True,
 ) -> list[Flow]:
-    """One exchange. `copies` is 2 where momentum travels along; `moved` is D, by default its average over deals."""
+    """One exchange. `copies` is 2 where momentum travels along; `moved` is D, by default its average over deals; `average`: whether
+    the round averages the shared parameters."""
     if workers == 1:
         return []
     if exchange == "allgather":
@@ -119,6 +121,8 @@ def loft_round(
     else:
         moving = round(divided.moved_on_average(workers)) if moved is None else moved
         partitioned = all_to_all(moving * copies, element_bytes, workers, "partitioned")
+    if not average:
+        return [partitioned]
     shared = divided.shared * copies
     if element_bytes == FLOAT32_BYTES:
         return [partitioned, all_reduce(shared, element_bytes, workers, "shared")]

@@ -129,6 +129,7 @@ def _title(settings: PretrainSettings) -> str:
     return (
         f"{settings.model}{widen} on {settings.data.dataset}, {settings.epochs} epochs, batch {settings.batch_size}; "
         f"loft: {loft.partition}, {loft.exchange}, {loft.transport_dtype}, {loft.local_iterations} local iterations"
+        + (f", averaged every {loft.average_every}" if loft.average_every > 1 else "")
     )
 
 

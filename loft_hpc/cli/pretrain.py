@@ -32,8 +32,9 @@ from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 
 loft_options = several(
     option(LoftSettings, "local_iterations", "SGD steps of a worker between two exchanges.", type=int),
-    option(LoftSettings, "partition", "Blocks whose filters are dealt: the poster's (not stage 1, not strided blocks), those of later stages, or all.", type=click.Choice(PARTITION_RULES)),
+    option(LoftSettings, "partition", "Blocks whose filters are dealt: the poster's (not stage 1, not strided blocks) or all.", type=click.Choice(PARTITION_RULES)),
     option(LoftSettings, "exchange", "How filters reach who trains them next: all to every rank, or each to that rank alone.", type=click.Choice(list(EXCHANGES))),
+    option(LoftSettings, "average_every", "Rounds between two averagings of the shared parameters (an epoch's end always averages).", type=int),
     option(LoftSettings, "transport_dtype", "Type of what travels; float32 is kept at home.", type=click.Choice(list(TRANSPORT_DTYPES))),
     option(LoftSettings, "momentum_across_rounds", "Start momentum at 0 every round, or let it travel with its parameters.", type=click.Choice(MOMENTUM_RULES)),
     option(LoftSettings, "shard_data", "Disjoint shards of every epoch for the ranks, in place of all data in an order of their own.", is_flag=True),

@@ -1,5 +1,7 @@
 """Averaging the shared parameters over the workers, in the transport's type."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,18 +35,24 @@ class Averaging:
         """Remember the shared parameters, which all workers have alike now."""
         self._start.copy_(self._shared)
 
-    def run(self) -> None:
-        """The shared parameters at the round's begin plus the mean of the workers' changes."""
-        change = self._shared
+    def start(self) -> Callable[[], None]:
+        """Send this worker's change; what is returned waits, and leaves the start plus the mean of all changes in the parameters."""
+        change, size = self._shared, self._world.size
         change -= self._start
-        size = self._world.size
         if self._exact:
-            self._world.all_reduce_(change, "shared")()
-            torch.add(self._start, change, alpha=1 / size, out=self._shared)
-            return
-        self._travels.copy_(change)
-        received = [len(self._mean)] * size
-        self._world.all_to_all(self._travels, self._chunk_of_all, self._chunks, received, "shared")()
-        self._mean.copy_(self._chunk_of_all.view(size, -1).float().mean(0))
-        self._world.all_gather(self._mean, self._travels, self._chunks, "shared")()
-        torch.add(self._start, self._travels, out=self._shared)
+            summing = self._world.all_reduce_(change, "shared")
+        else:
+            self._travels.copy_(change)
+            received = [len(self._mean)] * size
+            summing = self._world.all_to_all(self._travels, self._chunk_of_all, self._chunks, received, "shared")
+
+        def finish() -> None:
+            summing()
+            if self._exact:
+                torch.add(self._start, change, alpha=1 / size, out=self._shared)
+                return
+            self._mean.copy_(self._chunk_of_all.view(size, -1).float().mean(0))
+            self._world.all_gather(self._mean, self._travels, self._chunks, "shared")()
+            torch.add(self._start, self._travels, out=self._shared)
+
+        return finish

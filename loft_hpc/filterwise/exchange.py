@@ -5,7 +5,7 @@ the averaged change of the shared parameters, travel in the transport's type; a 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,25 +37,33 @@ class Exchange(ABC):
         self._counts = [layout.numel * self._copies for layout in self._layouts]
 
     def begin_round(self) -> None:
-        """Before the local steps: all workers have the shared parameters alike now."""
+        """Before the local steps that follow an averaging: all workers have the shared parameters alike now."""
         if self._world.size > 1:
             self._averaging.begin_round()
 
-    def run(self, old: Deal, new: Deal) -> None:
-        """After the local steps."""
+    def run(self, old: Deal, new: Deal, average: bool = True) -> None:
+        """After the local steps. Without `average` the shared parameters stay each worker's own for another round."""
         if self._world.size == 1:
             return
         self.pack(old, new)
-        self.communicate()
+        self.communicate(average)
         self.unpack(old, new)
+
+    def communicate(self, average: bool = True) -> None:
+        """The collectives: the partitioned parameters and, unless this round does not average, the shared ones."""
+        averaging = self._averaging.start() if average else None
+        moving = self.send_partitioned()
+        if averaging:
+            averaging()
+        moving()
 
     @abstractmethod
     def pack(self, old: Deal, new: Deal) -> None:
         """Lay out what this rank sends."""
 
     @abstractmethod
-    def communicate(self) -> None:
-        """The collectives, shared parameters included."""
+    def send_partitioned(self) -> Callable[[], object]:
+        """The collective of the partitioned parameters; what is returned waits for it."""
 
     @abstractmethod
     def unpack(self, old: Deal, new: Deal) -> None:
@@ -105,10 +113,8 @@ class AllGatherExchange(Exchange):
         if self._outgoing is not self._sub.partitioned.content:
             self._outgoing.copy_(self._sub.partitioned.content)
 
-    def communicate(self) -> None:
-        gathering = self._world.all_gather(self._outgoing, self._incoming, self._counts, "partitioned")
-        self._averaging.run()
-        gathering()
+    def send_partitioned(self) -> Callable[[], object]:
+        return self._world.all_gather(self._outgoing, self._incoming, self._counts, "partitioned")
 
     def unpack(self, old: Deal, new: Deal) -> None:
         if self._incoming is not self._gathered:
@@ -166,11 +172,9 @@ class AllToAllExchange(Exchange):
         self._arrival_layouts = self._layouts_of(self._arrivals)
         self._received = self._sizes(self._arrival_layouts)
 
-    def communicate(self) -> None:
-        sent, received = sum(self._sent), sum(self._received)
-        moving = self._world.all_to_all(self._leaves[:sent], self._arrives[:received], self._sent, self._received, "partitioned")
-        self._averaging.run()
-        moving()
+    def send_partitioned(self) -> Callable[[], object]:
+        leaves, arrives = self._leaves[: sum(self._sent)], self._arrives[: sum(self._received)]
+        return self._world.all_to_all(leaves, arrives, self._sent, self._received, "partitioned")
 
     def unpack(self, old: Deal, new: Deal) -> None:
         if not self._exact:

@@ -30,11 +30,14 @@ class LoftSettings:
     local_iterations: int = 8
     """SGD steps of a worker between two exchanges (the release uses 15 on ImageNet)."""
     partition: str = "paper"
-    """Which blocks are dealt: `paper` (all but stage 1 and strided blocks), `later-stages` (all but stage 1) or `all-blocks`."""
+    """Which blocks are dealt: `paper` (all but stage 1 and strided blocks) or `all-blocks`."""
     momentum_across_rounds: str = "reset"
     """`reset`: momentum starts at 0 every round, as in the release. `carry`: it travels with its parameters."""
     exchange: str = "allgather"
     """How filters reach who trains them next: `allgather` (all to all ranks) or `alltoall` (each to that rank alone)."""
+    average_every: int = 1
+    """Rounds between two averagings of the shared parameters. Where an epoch ends they are averaged as well, since the full network
+    is looked at there."""
     transport_dtype: str = "float32"
     """Type of what travels; float32 is kept at home."""
     shard_data: bool = False
@@ -47,10 +50,17 @@ class LoftSettings:
             raise LoftError(f"unknown partition rule '{self.partition}': choose one of {', '.join(PARTITION_RULES)}", usage=True)
         if self.momentum_across_rounds not in MOMENTUM_RULES:
             raise LoftError(f"--momentum-across-rounds is one of {', '.join(MOMENTUM_RULES)}", usage=True)
+        if self.average_every < 1:
+            raise LoftError(f"--average-every {self.average_every} must be at least 1", usage=True)
         if self.exchange not in EXCHANGES:
             raise LoftError(f"unknown exchange '{self.exchange}': choose one of {', '.join(EXCHANGES)}", usage=True)
         if self.transport_dtype not in TRANSPORT_DTYPES:
             raise LoftError(f"unknown transport type '{self.transport_dtype}': choose one of {', '.join(TRANSPORT_DTYPES)}", usage=True)
+
+
+def averages(settings: LoftSettings, number: int, begin: int, end: int, per_epoch: int, total: int) -> bool:
+    """Whether round `number` (from 1), from step `begin` to `end`, averages the shared parameters."""
+    return number % settings.average_every == 0 or end // per_epoch > begin // per_epoch or end == total
 
 
 class Loft(Strategy):
@@ -68,6 +78,8 @@ class Loft(Strategy):
         check_workers(self.groups, world.size)
         self._names = list(initial)
         self._step, self._round = 0, 0
+        self._alike = True
+        """Whether all workers have the same shared parameters; so they do wherever the full state is asked for."""
         # One rank alone keeps its momentum, whatever the rule: that is plain training.
         self._carry = settings.momentum_across_rounds == "carry" or world.size == 1
         self._sub = SubNetwork(architecture, self.groups, world.rank, world.size, device, momentum_travels=self._carry)
@@ -99,18 +111,22 @@ class Loft(Strategy):
         if not self._carry:
             self._trainer.reset_momentum()
         steps = min(self._settings.local_iterations, self.total_steps - self._step)
-        self._exchange.begin_round()
+        if self._alike:
+            self._exchange.begin_round()
         losses = self._trainer.steps(self._data.train_batches(self._order, self._step, steps), self._step)
         mean_loss = float(losses) / steps
         start = time.perf_counter()
+        self._alike = averages(self._settings, self._round + 1, self._step, self._step + steps, self.steps_per_epoch, self.total_steps)
         self._step += steps
         self._round += 1
         following = deal(self.groups, self._world.size, self._seed, self._round)
-        self._exchange.run(self._deal, following)
+        self._exchange.run(self._deal, following, average=self._alike)
         self._deal = following
         return Advance(self._step, mean_loss, time.perf_counter() - start, self._round)
 
     def full_state(self) -> dict[str, Tensor]:
+        if not self._alike:
+            raise RuntimeError("there is no full state before the shared parameters are averaged")
         if self._whole is None:
             merged = self._exchange.merge(self._deal)
             self._whole = {name: merged[name] for name in self._names}
@@ -134,6 +150,7 @@ class Loft(Strategy):
         self._step, self._round = checkpoint.step, int(checkpoint.progress["round"])
         self._deal = deal(self.groups, self._world.size, self._seed, self._round)
         self._whole = {name: state[name] for name in self._names}
+        self._alike = True
         self._sub.load(state, self._deal[self._world.rank])
         if momentum:
             self._sub.load_momentum(momentum, self._deal[self._world.rank])

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 
 from loft_hpc.analysis import timing
@@ -29,6 +29,7 @@ from loft_hpc.comm.ledger import Entry, Ledger
 from loft_hpc.data.registry import DataShape, known_shape
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.exchange import TRANSPORT_DTYPES
+from loft_hpc.filterwise.loft import LoftSettings, averages
 from loft_hpc.filterwise.partition import check_workers, deal, leaving, shares
 from loft_hpc.jobs.pretrain import PretrainSettings, settings_of
 from loft_hpc.models.architecture import Architecture, architecture
@@ -84,15 +85,18 @@ def _loft_case(settings: PretrainSettings, shape: DataShape, network: Architectu
     steps = images // settings.batch_size
     if not steps:
         raise LoftError(f"a worker's {images} images make no batch of {settings.batch_size}")
-    exchange = _exchange(settings, division_of(network, settings.loft.partition), workers)
-    rounds = settings.rounds or math.ceil(settings.epochs * steps / settings.loft.local_iterations)
+    total = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * steps
+    divided = division_of(network, settings.loft.partition)
+    both, partitioned = (_exchange(settings, divided, workers, average=average) for average in (True, False))
+    averaging = list(averaging_rounds(settings.loft, total, steps))
+    rounds, averaged = len(averaging), sum(averaging)
+    flows = [flow.times(averaged) for flow in both] + [flow.times(rounds - averaged) for flow in partitioned]
     seconds = None
     if cluster:
         widest = {group.name: shares(group.width, workers)[0] for group in groups}
         flops = network_size(network, widest, shape.image_size).flops
-        per_epoch = steps / settings.loft.local_iterations
-        seconds = timing.loft_epoch(cluster, steps * settings.batch_size, per_epoch, flops, exchange, workers)
-    return [flow.times(rounds) for flow in exchange], seconds
+        seconds = timing.loft_epoch(cluster, steps * settings.batch_size, steps / total, flops, flows, workers)
+    return flows, seconds
 
 
 def _data_parallel_case(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, cluster: Cluster | None) -> Case:
@@ -129,10 +133,17 @@ def _pipeline_case(settings: PretrainSettings, shape: DataShape, network: Archit
     return [flow.times(steps * settings.epochs) for flow in step], seconds
 
 
-def _exchange(settings: PretrainSettings, divided: Division, workers: int, moved: int | None = None) -> list[Flow]:
+def _exchange(settings: PretrainSettings, divided: Division, workers: int, moved: int | None = None, average: bool = True) -> list[Flow]:
     loft = settings.loft
     element_bytes = TRANSPORT_DTYPES[loft.transport_dtype].itemsize
-    return loft_round(divided, workers, loft.exchange, element_bytes, 2 if loft.momentum_across_rounds == "carry" else 1, moved)
+    return loft_round(divided, workers, loft.exchange, element_bytes, 2 if loft.momentum_across_rounds == "carry" else 1, moved, average)
+
+
+def averaging_rounds(settings: LoftSettings, total_steps: int, per_epoch: int) -> Iterator[bool]:
+    """Of every round of a training, whether it averages the shared parameters."""
+    ends = [*range(0, total_steps, settings.local_iterations), total_steps]
+    for number, (begin, end) in enumerate(pairwise(ends), start=1):
+        yield averages(settings, number, begin, end, per_epoch, total_steps)
 
 
 division_of = cache(division)
@@ -220,12 +231,12 @@ def _loft_run_flows(settings: PretrainSettings, network: Architecture, workers: 
     divided = division_of(network, loft.partition)
     yield broadcast(divided.partitioned, FLOAT32_BYTES, workers, "partitioned")
     yield broadcast(divided.shared, FLOAT32_BYTES, workers, "shared")
-    rounds = math.ceil(steps / loft.local_iterations)
-    if loft.exchange == "allgather":
-        yield from (flow.times(rounds) for flow in _exchange(settings, divided, workers))
-    else:
-        for moved in moved_parameters(settings, network, divided, workers, rounds):
-            yield from _exchange(settings, divided, workers, moved)
+    averaging = list(averaging_rounds(loft, steps, per_epoch))
+    rounds = len(averaging)
+    # an all-gather carries everything, whatever the deals
+    moves = moved_parameters(settings, network, divided, workers, rounds) if loft.exchange == "alltoall" else repeat(None)
+    for moved, average in zip(moves, averaging, strict=False):
+        yield from _exchange(settings, divided, workers, moved, average)
     if loft.exchange == "alltoall" or loft.transport_dtype != "float32":
         copies = 2 if loft.momentum_across_rounds == "carry" else 1
         ends = [min(number * loft.local_iterations, steps) for number in range(rounds + 1)]

@@ -18,7 +18,7 @@ from loft_hpc.models.architecture import Architecture
 State = Mapping[str, Tensor]
 Selection = Mapping[str, Tensor]
 
-PARTITION_RULES = ("paper", "later-stages", "all-blocks")
+PARTITION_RULES = ("paper", "all-blocks")
 _STATISTICS = ("running_mean", "running_var")
 _CACHED_ELEMENTS = 1 << 16
 
@@ -74,13 +74,10 @@ def partitioned_groups(groups: Sequence[FilterGroup], rule: str) -> tuple[Filter
     """The groups that LoFT deals to its workers.
 
     `paper`: as in the poster and its release, all but stage 1 and the strided first block of the later stages.
-    `later-stages`: every group but those of stage 1, which hold few parameters and see every image first.
     `all-blocks`: every group.
     """
     if rule == "all-blocks":
         return tuple(groups)
-    if rule == "later-stages":
-        return tuple(group for group in groups if group.stage > 1)
     if rule == "paper":
         return tuple(group for group in groups if group.stage > 1 and not group.changes_shape)
     raise LoftError(f"unknown partition rule '{rule}': choose one of {', '.join(PARTITION_RULES)}")
@@ -128,6 +125,9 @@ def _take(target: Tensor, sources: Sequence[Tensor], pick: Tensor, dimension: in
     if dimension == 0 and target.dim() == 4 and all(_channels_last(tensor) for tensor in (target, *sources)):
         # filters lie one after the other in memory: rows of a matrix, which torch copies whole
         target, *sources = (tensor.permute(0, 2, 3, 1).view(len(tensor), tensor.shape[1:].numel()) for tensor in (target, *sources))
+    if len(sources) == 1 and not target.is_cuda:
+        torch.index_select(sources[0], dimension, pick, out=target)
+        return
     start = 0
     for source in sources:
         here = (pick >= start) & (pick < start + source.shape[dimension])

@@ -1,11 +1,13 @@
 """LoFT's rounds over real ranks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from loft_hpc.analysis.commcost import division, loft_bytes
+from loft_hpc.analysis.traffic import as_ledger, division, loft_round
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.data.embedded import digits
 from loft_hpc.data.order import Order
@@ -65,10 +67,10 @@ def test_exchange_equals_an_oracle_in_numpy(world, rule, exchange, pre_activatio
         before_exchange = {}
         run = training._exchange.run
 
-        def spy(old, new, run=run, seen=before_exchange):
+        def spy(old, new, average, run=run, seen=before_exchange):
             seen.update({name: parameter.detach().clone() for name, parameter in training._sub.network.named_parameters()})
             seen.update({f"momentum/{name}": tensor for name, tensor in named_momentum(training).items()})
-            run(old, new)
+            run(old, new, average)
 
         training._exchange.run = spy
         hands = deal(training.groups, world.size, 5, number)
@@ -153,9 +155,9 @@ def test_bfloat16_rounds_what_travels_and_nothing_else(world, exchange):
     seen, start = {}, training.full_state()
     run = training._exchange.run
 
-    def spy(*deals):
+    def spy(*deals, **options):
         seen.update({name: parameter.detach().clone() for name, parameter in training._sub.network.named_parameters()})
-        run(*deals)
+        run(*deals, **options)
 
     training._exchange.run = spy
     training.advance()
@@ -175,22 +177,55 @@ def test_bfloat16_rounds_what_travels_and_nothing_else(world, exchange):
             torch.testing.assert_close(parameter, start[name] + mean, rtol=0, atol=float(2**-8 * mean.abs().max()))
 
 
+@EXCHANGED
+def test_averaging_every_third_round(world, exchange):
+    """In between, the shared parameters are each worker's own; then they are the start plus the mean of the workers' changes."""
+    training = make_loft(world, rounds=6, exchange=exchange, average_every=3)
+    names = list(training._sub.shared.views)
+    start = training.full_state()
+    for number in range(1, 7):
+        before = {}
+        run = training._exchange.run
+
+        def spy(*deals, run=run, seen=before, **options):
+            seen.update({name: view.clone() for name, view in training._sub.shared.views.items()})
+            run(*deals, **options)
+
+        training._exchange.run = spy
+        training.advance()
+        training._exchange.run = run
+        parts = everybodys(world, before)
+        after = everybodys(world, {name: training._sub.shared.views[name].clone() for name in names})
+        if number % 3 and world.size > 1:
+            assert all(np.array_equal(part[name], own[name]) for part, own in zip(parts, after, strict=True) for name in names)
+            assert not np.array_equal(after[0]["fc.weight"], after[1]["fc.weight"])
+            with pytest.raises(RuntimeError, match="no full state before"):
+                training.full_state()
+        elif number % 3 == 0:
+            for name in names:
+                expected = start[name].double().numpy() + np.mean([part[name] - start[name].double().numpy() for part in parts], axis=0)
+                for own in after:
+                    np.testing.assert_allclose(own[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+            start = training.full_state()
+
+
 @MOMENTA
 def test_ledger_equals_the_formula_to_the_byte(world, momentum):
     for rule in ("paper", "all-blocks"):
-        world.ledger = Ledger()
         training = make_loft(world, partition=rule, momentum_across_rounds=momentum)
+        world.ledger = Ledger()
         for _ in range(4):
             training.advance()
-        ledgers = world.gather_objects(world.ledger)
-        exchanged = [
-            ledger.entry("allgather", "partitioned").poster_bytes + ledger.entry("allreduce", "shared").poster_bytes for ledger in ledgers
-        ]
-        assert sum(exchanged) == loft_bytes(division(tiny(), rule), world.size, 4, momentum == "carry")
-        if world.size > 1:
-            assert all(
-                ledger.entry("allgather", "partitioned").calls == ledger.entry("allreduce", "shared").calls == 4 for ledger in ledgers
-            )
+        total = Ledger()
+        for ledger in world.gather_objects(world.ledger):
+            total.add(ledger)
+        copies = 2 if momentum == "carry" else 1
+        expected = as_ledger([flow.times(4) for flow in loft_round(division(tiny(), rule), world.size, copies=copies)])
+        for operation, purpose in (("allgather", "partitioned"), ("allreduce", "shared")):
+            entry = total.entry(operation, purpose)
+            assert entry.calls == (4 * world.size if world.size > 1 else 0)
+            assert entry.poster_bytes == entry.payload_sent_bytes  # the poster's accounting: what workers upload
+            assert replace(entry, calls=0, poster_bytes=0) == expected.entry(operation, purpose)
 
 
 @EXCHANGED
@@ -208,9 +243,9 @@ def test_a_round_allocates_no_new_buffers(world, exchange):
 
 @MOMENTA
 @EXCHANGED
-@pytest.mark.parametrize("transport", ["float32", "bfloat16"])
-def test_checkpoint_continues_bitwise(world, momentum, exchange, transport):
-    settings = {"momentum_across_rounds": momentum, "exchange": exchange, "transport_dtype": transport}
+@pytest.mark.parametrize(("transport", "every"), [("float32", 1), ("bfloat16", 1), ("bfloat16", 2)])
+def test_checkpoint_continues_bitwise(world, momentum, exchange, transport, every):
+    settings = {"momentum_across_rounds": momentum, "exchange": exchange, "transport_dtype": transport, "average_every": every}
     whole, first, second = (make_loft(world, **settings) for _ in range(3))
     for _ in range(4):
         whole.advance()

@@ -1,0 +1,180 @@
+"""Our baselines against their peers, taking turns in the same run: same network, cuts, ranks, batch, threads and optimiser.
+
+`gpipe`: a training step of ours against torch.distributed.pipelining's ScheduleGPipe over gloo. `data-parallel`: ours against
+DistributedDataParallel over gloo. A step is forward, backward and SGD with momentum, on random images. Before anything is timed the
+gradients of both sides are compared.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import click
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.nn.parallel import DistributedDataParallel
+
+from loft_hpc.comm.messages import Messages
+from loft_hpc.comm.world import World, start
+from loft_hpc.models.architecture import MODEL_NAMES, architecture
+from loft_hpc.models.resnet import build
+from loft_hpc.pipeline.pipeline import Pipeline
+from loft_hpc.pipeline.stages import Stage, check_split, cuts, parts
+from loft_hpc.training.buffers import ParameterBuffer
+from loft_hpc.training.device import place
+from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.trainer import FlatSGD, Trainer, stop_statistics
+
+Step = tuple[Callable[[], None], Callable[[], list[Tensor]]]
+"""(one training step, the gradients that it left)."""
+
+
+class Case:
+    """What both sides train."""
+
+    def __init__(self, world: World, model: str, widen: float, image_size: int, batch: int, micro_batches: int, split: str):
+        self.world, self.batch, self.micro_batches = world, batch, micro_batches
+        self.architecture = architecture(model, 10, widen=widen)
+        check_split(split)
+        self.part = parts(self.architecture, cuts(self.architecture, split, world.size, image_size))[world.rank]
+        self.outputs = self.architecture.block_outputs(image_size)
+        draw = torch.Generator().manual_seed(0)
+        self.images = torch.randn(batch, 3, image_size, image_size, generator=draw).contiguous(memory_format=torch.channels_last)
+        self.labels = torch.randint(10, (batch,), generator=draw)
+
+    def network(self) -> nn.Module:
+        network = build(self.architecture, seed=0).to(memory_format=torch.channels_last).train()
+        stop_statistics(network)
+        return network
+
+
+OPTIMISATION = Optimisation(lr=0.01, schedule="constant")
+
+
+def torch_sgd(module: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=OPTIMISATION.weight_decay)
+
+
+def our_gpipe(case: Case) -> Step:
+    network, part, world = case.network(), case.part, case.world
+    stage = Stage(network, part)
+    own = {id(parameter) for parameter in stage.parameters()}
+    buffer = ParameterBuffer({name: parameter for name, parameter in network.named_parameters() if id(parameter) in own})
+    sgd = FlatSGD((buffer,), OPTIMISATION, 1)
+    arriving = None if part.begins else case.outputs[part.first - 2]
+    leaving = None if part.ends else case.outputs[part.last - 1]
+    pipeline = Pipeline(
+        stage, part, arriving, leaving, case.micro_batches, case.batch, Messages(world), world.rank, False, False, torch.device("cpu")
+    )
+
+    def step() -> None:
+        sgd.zero_gradients()
+        pipeline.step(case.images if part.begins else None, case.labels if part.ends else None)
+        sgd.step(0)
+
+    return step, lambda: [parameter.grad.clone() for parameter in stage.parameters()]
+
+
+def their_gpipe(case: Case) -> Step:
+    world, part = case.world, case.part
+    # gloo refuses tensors that are not contiguous, so this side computes in torch's default memory format
+    module = Stage(case.network().to(memory_format=torch.contiguous_format), part)
+    images = case.images.contiguous()
+    sgd = torch_sgd(module)
+    schedule = ScheduleGPipe(
+        PipelineStage(module, world.rank, world.size, torch.device("cpu")), case.micro_batches, loss_fn=F.cross_entropy
+    )
+
+    def step() -> None:
+        sgd.zero_grad()
+        schedule.step(*([images] if part.begins else []), **({"target": case.labels, "losses": []} if part.ends else {}))
+        sgd.step()
+
+    return step, lambda: [parameter.grad.clone() for parameter in module.parameters()]
+
+
+def our_data_parallel(case: Case) -> Step:
+    network, world = case.network(), case.world
+    buffer = ParameterBuffer(dict(network.named_parameters()))
+    trainer = Trainer(network, (buffer,), OPTIMISATION, 1, "float32")
+    mine = (case.images[world.rank :: world.size].contiguous(memory_format=torch.channels_last), case.labels[world.rank :: world.size])
+
+    def step() -> None:
+        trainer.steps([mine], 0, case.batch, lambda: world.all_reduce_(buffer.gradient, "gradient")())
+
+    return step, lambda: [parameter.grad.clone() for parameter in network.parameters()]
+
+
+def their_data_parallel(case: Case) -> Step:
+    world, network = case.world, case.network()
+    parallel = DistributedDataParallel(network)
+    sgd = torch_sgd(network)
+    images = case.images[world.rank :: world.size].contiguous(memory_format=torch.channels_last)
+    labels = case.labels[world.rank :: world.size]
+
+    def step() -> None:
+        sgd.zero_grad()
+        F.cross_entropy(parallel(images), labels).backward()
+        sgd.step()
+
+    return step, lambda: [parameter.grad.clone() for parameter in network.parameters()]
+
+
+PAIRS = {
+    "gpipe": (our_gpipe, their_gpipe, "ScheduleGPipe over gloo"),
+    "data-parallel": (our_data_parallel, their_data_parallel, "DistributedDataParallel over gloo"),
+}
+
+
+@click.command(help=__doc__)
+@click.option("--model", type=click.Choice(MODEL_NAMES), default="resnet20", show_default=True)
+@click.option("--widen", type=float, default=2, show_default=True)
+@click.option("--image-size", type=int, default=32, show_default=True)
+@click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option("--micro-batches", type=int, default=4, show_default=True)
+@click.option("--split", default="balanced", show_default=True)
+@click.option("--repetitions", type=click.IntRange(3), default=21, show_default=True)
+def main(model: str, widen: float, image_size: int, batch_size: int, micro_batches: int, split: str, repetitions: int) -> None:
+    world = start()
+    _, placement = place("cpu", "float32", world)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29517")
+    dist.init_process_group("gloo", rank=world.rank, world_size=world.size)
+    case = Case(world, model, widen, image_size, batch_size, micro_batches, split)
+    if world.rank == 0:
+        click.echo(
+            f"{model} x{widen:g}, {image_size}x{image_size} images, batch {batch_size}, {micro_batches} micro-batches, split {split}, "
+            f"{world.size} ranks of {placement.threads} threads, {repetitions} repetitions"
+        )
+    for name, (ours, theirs, peer) in PAIRS.items():
+        sides = {"ours": ours(case), "peer": theirs(case)}
+        gradients = []
+        for step, of in sides.values():
+            step()
+            gradients.append(of())
+        for one, other in zip(*gradients, strict=True):
+            if (one - other).norm() > 1e-3 * other.norm():
+                raise SystemExit(f"{name}: the two sides compute different gradients: by {float((one - other).norm() / other.norm()):.1e}")
+        times: dict[str, list[float]] = {side: [] for side in sides}
+        for _ in range(repetitions):
+            for side, (step, _) in sides.items():
+                world.barrier()
+                begun = time.perf_counter()
+                step()
+                world.barrier()
+                times[side].append(time.perf_counter() - begun)
+        if world.rank == 0:
+            medians = {side: statistics.median(values) for side, values in times.items()}
+            for side, label in (("ours", "ours"), ("peer", peer)):
+                low, _, high = statistics.quantiles(times[side], n=4)
+                click.echo(f"{name:14} {label:34} median {1e3 * medians[side]:8.1f} ms   quartiles {1e3 * low:.1f} to {1e3 * high:.1f}")
+            click.echo(f"{name:14} ours / peer {medians['ours'] / medians['peer']:.2f}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Real runs of every strategy: their ledgers equal the closed formulas, to the byte."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loft_hpc.cli.main import run
+from loft_hpc.jobs.commcost import run_cost
+
+SIZES = (2, 3, 4)
+SMALL = ["--model", "resnet20", "--batch-size", "48", "--statistics-batches", "2", "--epochs", "2", "--evaluate-every", "2"]
+EXCHANGED = {("allgather", "partitioned"), ("allreduce", "shared"), ("broadcast", "partitioned"), ("broadcast", "shared")}
+MOVED = EXCHANGED - {("allgather", "partitioned")} | {("alltoall", "partitioned"), ("allgather", "merge")}
+SIXTEEN_BIT = MOVED - {("allreduce", "shared")} | {("alltoall", "shared"), ("allgather", "shared")}
+PIPED = {(operation, purpose) for operation in ("send", "receive") for purpose in ("activation", "gradient")} | {("allgather", "merge")}
+# 29 steps an epoch, so 7 local steps are no divisor of anything
+CASES = {
+    "loft": (["--local-iterations", "7"], EXCHANGED),
+    "loft, momentum, all blocks": (["--local-iterations", "7", "--momentum-across-rounds", "carry", "--partition", "all-blocks"], EXCHANGED),
+    "loft, long rounds": (["--local-iterations", "50", "--exchange", "alltoall"], MOVED),
+    "loft, alltoall": (["--local-iterations", "7", "--exchange", "alltoall", "--seed", "3"], MOVED),
+    "loft, alltoall, bfloat16, momentum": (
+        ["--local-iterations", "7", "--exchange", "alltoall", "--transport-dtype", "bfloat16", "--momentum-across-rounds", "carry"],
+        SIXTEEN_BIT,
+    ),
+    "loft, allgather, bfloat16": (
+        ["--local-iterations", "7", "--transport-dtype", "bfloat16"], SIXTEEN_BIT - {("alltoall", "partitioned")} | {("allgather", "partitioned")}
+    ),
+    "loft, averaged every 3": (["--local-iterations", "4", "--exchange", "alltoall", "--transport-dtype", "bfloat16", "--average-every", "3"], SIXTEEN_BIT),
+    "data-parallel": (["--strategy", "data-parallel"], {("allreduce", "gradient"), ("broadcast", "shared")}),
+    "gpipe": (["--strategy", "gpipe", "--split", "balanced", "--micro-batches", "3"], PIPED),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folder(world, tmp_path_factory) -> Path:
+    return Path(world.mpi.bcast(str(tmp_path_factory.mktemp("commcost")) if world.rank == 0 else None))
+
+
+def check(world, path: Path, rows: set) -> None:
+    world.barrier()
+    cost = run_cost(path)
+    assert {(row.operation, row.purpose) for row in cost.rows} == rows
+    for row in cost.rows:
+        assert row.equal, row
+        assert row.ledger.payload_received_bytes > 0 or row.operation == "send"
+    world.barrier()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ledger_equals_the_formula(world, folder, name):
+    options, rows = CASES[name]
+    path = folder / name.replace(", ", "-")
+    assert run(["pretrain", *SMALL, *options, "--run", str(path)]) == 0
+    check(world, path, rows)
+
+
+def test_a_resumed_run_too(world, folder):
+    """Its ledger goes on where the checkpoint's ended."""
+    path, copy = folder / "gpipe", folder / "resumed"
+    if world.rank == 0:
+        shutil.copytree(path, copy)
+        shutil.rmtree(copy / "checkpoints" / "000058")
+        description = (copy / "run.json").read_text()
+        (copy / "run.json").write_text(description.replace('"status": "done"', '"status": "running"'))
+    world.barrier()
+    assert run(["pretrain", "--run", str(copy), "--resume"]) == 0
+    check(world, copy, PIPED)
+
+
+def test_the_report_prints_the_runs(world, folder, capsys):
+    capsys.readouterr()
+    assert run(["commcost", str(folder / "gpipe"), str(folder / "loft"), "--format", "csv"]) == 0
+    printed = capsys.readouterr().out
+    if world.rank == 0:
+        lines = printed.splitlines()
+        assert lines[0].startswith("path,strategy,workers,operation,purpose,equal,formula_payload_sent_bytes")
+        assert len(lines) == 1 + len(PIPED) + len(EXCHANGED) and all(",True," in line for line in lines[1:])
