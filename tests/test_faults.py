@@ -108,7 +108,7 @@ def test_a_mistake_on_one_rank_of_a_pipeline_ends_the_job(tmp_path):
     [
         (4, (), 1, "loft: resnet20 has 3 stages, too few for 4 ranks: use --split balanced, or name the cuts"),
         (2, ("--split", "9"), 1, "loft: --split 9 cuts after block 9, but resnet20 has 9: cut after 1 to 8"),
-        (2, ("--split", "3,5"), 1, "loft: --split 3,5 makes 3 stages for 2 ranks: give 1 cuts"),
+        (2, ("--split", "3,5"), 1, "loft: --split 3,5 makes 3 stages for 2 ranks: give 1 cut"),
         (2, ("--micro-batches", "5"), 2, "loft: --batch-size 64 cannot be cut into 5 equal micro-batches: make it a multiple of them"),
         (2, ("--local-iterations", "4"), 2, "loft: --local-iterations belongs to --strategy loft (see loft pretrain --help)"),
     ],

@@ -36,10 +36,10 @@ class Exchange(ABC):
         self._layouts = partitioned_layouts(full, groups, world.size)
         self._counts = [layout.numel * self._copies for layout in self._layouts]
 
-    def begin_round(self) -> None:
-        """Before the local steps that follow an averaging: all workers have the shared parameters alike now."""
+    def agree(self) -> None:
+        """Take note that all workers have the shared parameters alike now: at the start, and where they were loaded."""
         if self._world.size > 1:
-            self._averaging.begin_round()
+            self._averaging.agree()
 
     def run(self, old: Deal, new: Deal, average: bool = True) -> None:
         """After the local steps. Without `average` the shared parameters stay each worker's own for another round."""

@@ -91,6 +91,7 @@ class Loft(Strategy):
         # The full state, until the next round makes it the past.
         self._whole: State | None = self._broadcast(initial)
         self._sub.load(self._whole, self._deal[world.rank])
+        self._exchange.agree()
 
     def _broadcast(self, initial: State) -> State:
         """Rank 0's initial state on every rank: two flat buffers, as in every round."""
@@ -111,8 +112,6 @@ class Loft(Strategy):
         if not self._carry:
             self._trainer.reset_momentum()
         steps = min(self._settings.local_iterations, self.total_steps - self._step)
-        if self._alike:
-            self._exchange.begin_round()
         losses = self._trainer.steps(self._data.train_batches(self._order, self._step, steps), self._step)
         mean_loss = float(losses) / steps
         start = time.perf_counter()
@@ -154,3 +153,4 @@ class Loft(Strategy):
         self._sub.load(state, self._deal[self._world.rank])
         if momentum:
             self._sub.load_momentum(momentum, self._deal[self._world.rank])
+        self._exchange.agree()

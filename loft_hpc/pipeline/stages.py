@@ -47,7 +47,7 @@ def cuts(architecture: Architecture, split: str, stages: int, image_size: int) -
         return _balanced(section_flops(architecture, image_size), stages)
     chosen = tuple(int(block) for block in split.split(","))
     if len(chosen) != stages - 1:
-        raise LoftError(f"--split {split} makes {len(chosen) + 1} stages for {stages} ranks: give {stages - 1} cuts")
+        raise LoftError(f"--split {split} makes {len(chosen) + 1} stages for {stages} ranks: give {stages - 1} cut{'s' * (stages > 2)}")
     if chosen[-1] >= blocks:
         raise LoftError(
             f"--split {split} cuts after block {chosen[-1]}, but {architecture.model} has {blocks}: cut after 1 to {blocks - 1}"
