@@ -34,7 +34,7 @@ RECIPES = {
     "textures": Recipe(
         ("--model", "resnet20", "--widen", "2", "--dataset", "textures", "--image-size", "12"),
         ("--lr", "0.1", "--batch-size", "32", "--epochs", "6", "--local-iterations", "8"),
-        ("--epochs", "5"),
+        ("--epochs", "20", "--lr", "0.1"),
     ),
 }
 BASELINE = "paper, float32"

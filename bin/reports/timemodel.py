@@ -1,7 +1,8 @@
 """The alpha-beta time model against the clock: real trainings over network namespaces with rate-limited links, one host per rank.
 
 Latency and bandwidth are measured by mpi4py messages between two of the hosts, the FLOP rate by one data-parallel training over
-unlimited links; with these three numbers the model predicts every other row. Measured is the second epoch's training time.
+unlimited links; with these three numbers the model predicts every other row. Measured is the second epoch's training time. Collectives are pinned to the
+textbook algorithms that the model speaks of.
 """
 
 import json
@@ -21,7 +22,7 @@ from loft_hpc.models.architecture import architecture
 from loft_hpc.pipeline.gpipe import PipelineSettings
 
 from hosts import Hosts, available
-from kernel import TrainingFailed, check
+from kernel import TEXTBOOK, TrainingFailed, check
 
 # Ranks wait for one another without filling a core, and ask Horovod's question often enough to add little to a collective.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HOROVOD_CYCLE_TIME": "1"}
@@ -89,7 +90,7 @@ def epoch_seconds(hosts: Hosts, settings: PretrainSettings) -> tuple[float, floa
             options += ["--transport-dtype", loft.transport_dtype, "--average-every", str(loft.average_every)]
         if settings.strategy == "gpipe":
             options += ["--split", settings.pipeline.split, "--micro-batches", str(settings.pipeline.micro_batches)]
-        result = hosts.launch(["loft", "pretrain", *options], seconds=300, environment=ENVIRONMENT)
+        result = hosts.launch(["loft", "pretrain", *options], seconds=300, environment=ENVIRONMENT, mca=TEXTBOOK)
         check(result, run)
         epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"epoch"' in line]
         last = [event for event in epochs if event["event"] == "epoch"][-1]

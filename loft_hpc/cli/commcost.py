@@ -18,6 +18,7 @@ from loft_hpc.jobs.commcost import Prediction, RunCost, predict, run_cost, winne
 from loft_hpc.jobs.pretrain import STRATEGIES, PretrainSettings
 from loft_hpc.models.architecture import MODEL_NAMES
 from loft_hpc.pipeline.gpipe import PipelineSettings
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 
 WORKERS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -106,7 +107,9 @@ def _case(
         data=DataSettings(dataset=options["dataset"], image_size=options["image_size"]),
         loft=fill(LoftSettings, options),
         pipeline=fill(PipelineSettings, options),
-        **{name: PretrainSettings.__dataclass_fields__[name].default_factory() for name in ("optimisation", "evaluation", "computation")},
+        optimisation=Optimisation(),
+        evaluation=Evaluation(),
+        computation=Computation(),
     )
     known_shape(settings.data.dataset, settings.data.image_size)
     cluster = Cluster.read(cluster_name) if cluster_name else None

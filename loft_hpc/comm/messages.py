@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from loft_hpc.comm.ledger import Entry
+from loft_hpc.comm.staging import Staging
 from loft_hpc.comm.world import World
 
 SPIN_SECONDS = 100e-6
@@ -23,23 +24,24 @@ class Messages:
     def __init__(self, world: World):
         self._world = world
         self._mpi = world.mpi.Dup()  # tags of our own, apart from anybody else's
+        self._staging = Staging(direct=False)  # NCCL carries no messages of ours: GPU tensors go through pinned host memory
 
     def send(self, tensor: Tensor, to: int, tag: int, purpose: str) -> Callable[[], None]:
         size = tensor.numel() * tensor.element_size()
         self._world.ledger.record("send", purpose, Entry(1, size, 0, size, 0))
-        host = self._world.staging.to_host(tensor, f"send.{purpose}.{tag}")
+        host = self._staging.to_host(tensor, f"send.{purpose}.{tag}")
         request = self._mpi.Isend(_bytes(host), to, tag)
         return lambda kept=host: _complete(request)  # the memory must live as long as the request
 
     def receive(self, tensor: Tensor, source: int, tag: int, purpose: str) -> Callable[[], Tensor]:
         size = tensor.numel() * tensor.element_size()
         self._world.ledger.record("receive", purpose, Entry(1, 0, size, 0, size))
-        host = self._world.staging.host_like(tensor, f"receive.{purpose}.{tag}")
+        host = self._staging.host_like(tensor, f"receive.{purpose}.{tag}")
         request = self._mpi.Irecv(_bytes(host), source, tag)
 
         def wait() -> Tensor:
             _complete(request)
-            return self._world.staging.back(host, tensor)
+            return self._staging.back(host, tensor)
 
         return wait
 

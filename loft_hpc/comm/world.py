@@ -37,12 +37,11 @@ class World:
         self.local_size: int = hvd.local_size()
         self.ledger = Ledger()
         self._faults = mpi.Dup()
-        self.staging = Staging(direct=False)
-        """How tensors of the device that `use_device` named reach MPI."""
+        self._staging = Staging(direct=False)
 
     def use_device(self, device: torch.device, direct: bool) -> None:
         """Where tensors will lie, and whether Horovod takes GPU tensors as they are (NCCL, one rank per GPU)."""
-        self.staging = Staging(direct=direct)
+        self._staging = Staging(direct=direct)
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
@@ -60,9 +59,9 @@ class World:
         sent, received = ring_allreduce(tensor.numel(), tensor.element_size(), self.rank, self.size)
         size = tensor.numel() * tensor.element_size()
         self._record("allreduce", purpose, Entry(1, size, size, sent, received))
-        host = self.staging.to_host(tensor, f"allreduce.{purpose}")
+        host = self._staging.to_host(tensor, f"allreduce.{purpose}")
         handle = self._hvd.allreduce_async_(host, name=f"allreduce.{purpose}", op=self._hvd.Sum)
-        return lambda: self.staging.back(self._hvd.synchronize(handle), tensor)
+        return lambda: self._staging.back(self._hvd.synchronize(handle), tensor)
 
     def all_gather(self, tensor: Tensor, output: Tensor, counts: list[int], purpose: str) -> Callable[[], Tensor]:
         """Every rank's (counts[rank],) `tensor`, one after the other, into `output` of (sum(counts),), allocated by the caller."""
@@ -73,8 +72,8 @@ class World:
         element = tensor.element_size()
         sent, received = ring_allgather(counts, element, self.rank)
         self._record("allgather", purpose, Entry(1, tensor.numel() * element, output.numel() * element, sent, received))
-        host = _as_carried(self.staging.to_host(tensor, f"allgather.{purpose}.in"))
-        target = self.staging.host_like(output, f"allgather.{purpose}.out")
+        host = _as_carried(self._staging.to_host(tensor, f"allgather.{purpose}.in"))
+        target = self._staging.host_like(output, f"allgather.{purpose}.out")
         # Horovod's public allgather makes a new output tensor each time, and touching fresh memory costs more than the transfer
         # (bin/bench exchange); its own helper takes the output, which Horovod then only resizes to the size that it has already.
         from horovod.torch import mpi_ops
@@ -83,7 +82,7 @@ class World:
 
         def wait() -> Tensor:
             self._hvd.synchronize(handle)
-            return self.staging.back(target, output)
+            return self._staging.back(target, output)
 
         return wait
 
@@ -104,8 +103,8 @@ class World:
         sent = (sum(sent_counts) - sent_counts[self.rank]) * element
         received = (sum(received_counts) - received_counts[self.rank]) * element
         self._record("alltoall", purpose, Entry(1, sent, received, sent, received))
-        host = _as_carried(self.staging.to_host(tensor, f"alltoall.{purpose}.in"))
-        target = self.staging.host_like(output, f"alltoall.{purpose}.out")
+        host = _as_carried(self._staging.to_host(tensor, f"alltoall.{purpose}.in"))
+        target = self._staging.host_like(output, f"alltoall.{purpose}.out")
         splits, arrived = torch.tensor(sent_counts, dtype=torch.int32), torch.empty(self.size, dtype=torch.int32)
         from horovod.torch import mpi_ops  # as for all_gather: into a buffer that is there already
 
@@ -113,7 +112,7 @@ class World:
 
         def wait() -> Tensor:
             self._hvd.synchronize(handle)
-            return self.staging.back(target, output)
+            return self._staging.back(target, output)
 
         return wait
 
@@ -125,9 +124,9 @@ class World:
         sent, received = chain_broadcast(tensor.numel(), tensor.element_size(), self.rank, self.size, root)
         at_root = self.rank == root
         self._record("broadcast", purpose, Entry(1, size if at_root else 0, 0 if at_root else size, sent, received))
-        host = self.staging.to_host(tensor, f"broadcast.{purpose}")
+        host = self._staging.to_host(tensor, f"broadcast.{purpose}")
         handle = self._hvd.broadcast_async_(host, root, name=f"broadcast.{purpose}")
-        return lambda: self.staging.back(self._hvd.synchronize(handle), tensor)
+        return lambda: self._staging.back(self._hvd.synchronize(handle), tensor)
 
     def _record(self, operation: str, purpose: str, entry: Entry) -> None:
         if purpose in ("partitioned", "shared") and operation in ("allreduce", "allgather", "alltoall"):

@@ -103,11 +103,16 @@ class AllGatherExchange(Exchange):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         own = self._sub.partitioned.content
-        self._gathered = torch.zeros(sum(self._counts), device=own.device)
+        # A single worker's buffer is the full state already.
+        self._gathered = own if self._world.size == 1 else torch.zeros(sum(self._counts), device=own.device)
         exact = self._transport == own.dtype
         self._outgoing = own if exact else torch.zeros_like(own, dtype=self._transport)
         self._incoming = self._gathered if exact else torch.zeros_like(self._gathered, dtype=self._transport)
         self._gathered_deal: Deal | None = None
+
+    def agree(self) -> None:
+        super().agree()
+        self._gathered_deal = None  # what was loaded is not what was gathered
 
     def pack(self, old: Deal, new: Deal) -> None:
         if self._outgoing is not self._sub.partitioned.content:
