@@ -286,7 +286,8 @@ def _run_report(costs: list[RunCost]) -> Report:
                 | {key: value for key, value in _row_fields(row).items() if not isinstance(value, dict)}
                 | {f"{side}_{name}": value for side in ("formula", "ledger") for name, value in _row_fields(row)[side].items()}
             )
-    notes = [
+    notes = [f"{cost.path}: {cost.ledger_bytes:,} bytes handed over in exchanges, {cost.formula_bytes:,} by the formula." for cost in costs]
+    notes += [
         "Bytes, all ranks together. Not in the formulas: "
         + "; ".join(f"{cost.control_bytes:,} of control in {cost.path}" for cost in costs)
         + "."
@@ -307,6 +308,8 @@ def _run_fields(cost: RunCost) -> dict:
         "workers": cost.workers,
         "steps": cost.steps,
         "rounds": cost.rounds,
+        "formula_bytes": cost.formula_bytes,
+        "ledger_bytes": cost.ledger_bytes,
         "control_bytes": cost.control_bytes,
         "operations": [_row_fields(row) for row in cost.rows],
     }

@@ -183,6 +183,21 @@ class RunCost:
     control_bytes: int
     """Payload sent that the formulas do not speak of."""
 
+    @property
+    def exchanged(self) -> list[LedgerRow]:
+        """What the steps and rounds exchange: without the start's broadcasts and without merges."""
+        return [row for row in self.rows if row.operation != "broadcast" and row.purpose != "merge"]
+
+    @property
+    def formula_bytes(self) -> int:
+        """What the workers hand over in their exchanges, the poster's accounting, by the formula."""
+        return sum(row.formula.payload_sent_bytes for row in self.exchanged)
+
+    @property
+    def ledger_bytes(self) -> int:
+        """The same by the ledger."""
+        return sum(row.ledger.payload_sent_bytes for row in self.exchanged)
+
 
 def run_cost(path: Path) -> RunCost:
     """Formula and ledger of a finished pretraining run. Raises LoftError for anything else."""

@@ -172,8 +172,18 @@ def test_data_parallel_runs_can_be_pruned(world, capsys, folder):
     path = folder / "parallel"
     ask(world, capsys, "pretrain", "--strategy", "data-parallel", *QUICK, "--run", path)
     assert len(ask(world, capsys, "prune", path, "--ratio", "0.5", "--method", "random", "--seed", "3")["tickets"]) == 1
-    code, told = refuse(world, capsys, "commcost", path)
-    assert code == 1 and "data-parallel" in told
+    cost = ask(world, capsys, "commcost", path)["runs"][0]
+    assert cost["ledger_bytes"] == cost["formula_bytes"] == (0 if world.size == 1 else 4 * 22 * 2 * 272_186)
+
+
+def test_pipeline_runs_can_be_pruned_and_retrained(world, capsys, folder):
+    path = folder / "pipeline"
+    ask(world, capsys, "pretrain", "--strategy", "gpipe", *QUICK, "--recompute", "--run", path)
+    events = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [event["epoch"] for event in events if event["event"] == "eval"] == [1, 2]
+    assert json.loads((path / "run.json").read_text())["cut_after_blocks"] == [[], [6]][world.size - 1]
+    ticket = ask(world, capsys, "prune", path, "--ratio", "0.5")["tickets"][0]["path"]
+    assert ask(world, capsys, "retrain", ticket, "--epochs", "1", "--rewind", "init", "--run", folder / "of-pipeline")["accuracy"] > 0
 
 
 def test_synthetic_data_are_labelled(world, capsys, folder):
