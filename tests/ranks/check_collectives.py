@@ -37,6 +37,25 @@ def test_allgather_refuses_counts_that_do_not_fit(world):
         world.all_gather(torch.zeros(3), torch.zeros(5), [3] * world.size, "partitioned")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alltoall_equals_mpi4pys_and_counts_what_leaves(world, dtype):
+    """Rank r sends r + s elements to rank s, none to itself."""
+    sent = [(world.rank + other) * (other != world.rank) for other in range(world.size)]
+    mine = values(world, sum(sent)).to(dtype)
+    output = torch.zeros(sum(sent), dtype=dtype)  # symmetric: as much arrives
+    address = output.data_ptr()
+    world.ledger = Ledger()
+    world.all_to_all(mine, output, sent, sent, "partitioned")()
+    expected = torch.cat([torch.tensor(part) for part in world.mpi.alltoall([part.tolist() for part in mine.float().split(sent)])])
+    assert torch.equal(output.float(), expected) and output.data_ptr() == address
+    entry = world.ledger.entry("alltoall", "partitioned")
+    if world.size > 1:
+        size = sum(sent) * dtype.itemsize
+        assert entry.payload_sent_bytes == entry.payload_received_bytes == entry.wire_sent_bytes == entry.poster_bytes == size
+    with pytest.raises(ValueError, match="does not fit"):
+        world.all_to_all(mine, torch.zeros(sum(sent) + 1, dtype=dtype), sent, sent, "partitioned")
+
+
 def test_broadcast_gives_everyone_roots_values(world):
     tensor = values(world, 10)
     world.broadcast_(tensor, "shared")()
