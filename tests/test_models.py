@@ -7,9 +7,19 @@ import torchvision
 from loft_hpc.analysis.size import network_size
 from loft_hpc.analysis.traffic import division
 from loft_hpc.errors import LoftError
-from loft_hpc.filterwise.partition import deal, shares
+from loft_hpc.filterwise.partition import deal
 from loft_hpc.models.architecture import MODEL_NAMES, Architecture, architecture
-from loft_hpc.models.groups import Holding, _take, _take_columns, filter_groups, mask_state, merge_states, partitioned_groups, slice_state
+from loft_hpc.models.groups import (
+    Holding,
+    _take,
+    _take_columns,
+    filter_groups,
+    mask_state,
+    merge_states,
+    partitioned_groups,
+    shares,
+    slice_state,
+)
 from loft_hpc.models.resnet import build
 
 from tiny import tiny

@@ -17,11 +17,11 @@ import torch
 from mpi4py import MPI
 
 from loft_hpc.comm.world import start
-from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES, full_layout
-from loft_hpc.filterwise.partition import deal, shares
+from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES, AllToAllExchange, full_layout
+from loft_hpc.filterwise.partition import deal
 from loft_hpc.filterwise.subnetwork import SubNetwork
 from loft_hpc.models.architecture import MODEL_NAMES, architecture
-from loft_hpc.models.groups import PARTITION_RULES, filter_groups, partitioned_groups
+from loft_hpc.models.groups import PARTITION_RULES, filter_groups, partitioned_groups, shares
 from loft_hpc.models.resnet import build
 from loft_hpc.training.device import place
 
@@ -41,8 +41,8 @@ class Raw:
         self._datatype = MPI.FLOAT if bits == 32 else MPI.INT16_T
 
     def run(self, average: bool) -> None:
-        if hasattr(self._exchange, "_sent"):
-            sent, received = self._exchange._sent, self._exchange._received
+        if isinstance(self._exchange, AllToAllExchange):
+            sent, received = self._exchange.sent_counts, self._exchange.received_counts
             self._mpi.Alltoallv([self._own, sent, self._datatype], [self._gathered[: sum(received)], received, self._datatype])
         else:
             self._mpi.Allgatherv(self._own, [self._gathered, self._counts, self._datatype])

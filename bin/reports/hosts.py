@@ -62,14 +62,15 @@ class Traffic:
 class Hosts:
     """`count` hosts, for the length of a `with`.
 
-    `rate_mbit` limits every link, in both directions, to so many Mbit/s. Whatever still runs on the hosts at the end is killed.
+    `rate_mbit` limits every link, in both directions, to so many Mbit/s. `one_frame` makes every packet fit a frame of Ethernet, as a
+    real card would send it, in place of up to 64 kB. Whatever still runs on the hosts at the end is killed.
     """
 
-    def __init__(self, count: int, rate_mbit: float | None = None):
+    def __init__(self, count: int, rate_mbit: float | None = None, one_frame: bool = False):
         self._set = f"{_PREFIX}-{os.getpid()}-{next(_sets)}"
         self.names = [f"{self._set}-h{number}" for number in range(count)]
         self._switch = f"{self._set}-switch"
-        self._rate_mbit = rate_mbit
+        self._rate_mbit, self._one_frame = rate_mbit, one_frame
         self._folder: Path | None = None
         self._started: list[subprocess.Popen[str]] = []
 
@@ -111,6 +112,8 @@ class Hosts:
         for namespace, interface in ((self._switch, port), (name, "eth0")):
             _ip("-n", namespace, "link", "set", "dev", interface, "addrgenmode", "none")
             _keep_in_order(namespace, interface)
+            if self._one_frame:
+                _ip("-n", namespace, "link", "set", "dev", interface, "gso_max_segs", "1")
             if self._rate_mbit is not None:
                 rate = ("rate", f"{self._rate_mbit}mbit", "burst", "256kb", "latency", "50ms")
                 _run("tc", "-n", namespace, "qdisc", "add", "dev", interface, "root", "tbf", *rate)

@@ -114,10 +114,10 @@ class TrainingFailed(RuntimeError):
     """A training that did not come to its end; the text is the end of its output."""
 
 
-def measure(name: str, ranks: int, long: bool = True, seconds: float = 180) -> Measurement:
+def measure(name: str, ranks: int, long: bool = True, seconds: float = 180, one_frame: bool = False) -> Measurement:
     """Train as CASES[name] says, on as many hosts as ranks. Raises TrainingFailed."""
     case = CASES[name]
-    with tempfile.TemporaryDirectory() as folder, Hosts(ranks) as hosts:
+    with tempfile.TemporaryDirectory() as folder, Hosts(ranks, one_frame=one_frame) as hosts:
         run = Path(folder) / "run"
         options = [*TRAINING.split(), *case.options.split(), *(case.long if long else case.short).split(), "--run", str(run)]
         result = hosts.launch(["loft", "pretrain", *options], cwd=Path(folder), seconds=seconds, environment=ENVIRONMENT, mca=TEXTBOOK)
@@ -212,7 +212,8 @@ def idle_rows(it: Idle) -> str:
 @click.command(help=__doc__)
 @click.option("--ranks", type=click.IntRange(2, 16), default=4, show_default=True, help="Ranks, each on a host of its own.")
 @click.option("--strategy", "names", type=click.Choice(list(CASES)), multiple=True, help="Kinds of training to measure.  [default: all]")
-def main(ranks: int, names: tuple[str, ...]) -> None:
+@click.option("--one-frame", is_flag=True, help="Packets that fit a frame of Ethernet, as a real card sends them, in place of up to 64 kB.")
+def main(ranks: int, names: tuple[str, ...], one_frame: bool) -> None:
     reason = available()
     if reason:
         raise click.ClickException(reason)
@@ -220,7 +221,7 @@ def main(ranks: int, names: tuple[str, ...]) -> None:
     try:
         for name in names or CASES:
             click.echo(f"{name}: a short and a long training over {ranks} hosts", err=True)
-            pairs.append((measure(name, ranks, long=False), measure(name, ranks)))
+            pairs.append((measure(name, ranks, long=False, one_frame=one_frame), measure(name, ranks, one_frame=one_frame)))
         idle = measure_idle(ranks)
     except TrainingFailed as problem:
         raise click.ClickException(str(problem)) from None

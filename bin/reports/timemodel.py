@@ -2,7 +2,7 @@
 
 Latency and bandwidth are measured by mpi4py messages between two of the hosts, the FLOP rate by one data-parallel training over
 unlimited links; with these three numbers the model predicts every other row. Measured is the second epoch's training time. Collectives are pinned to the
-textbook algorithms that the model speaks of.
+textbook algorithms that the model speaks of, unless told otherwise.
 """
 
 import json
@@ -16,7 +16,7 @@ from loft_hpc.analysis.size import network_size
 from loft_hpc.analysis.timing import BACKWARD_PER_FORWARD, Cluster
 from loft_hpc.data.registry import DataSettings, known_shape
 from loft_hpc.filterwise.loft import LoftSettings
-from loft_hpc.jobs.commcost import predict
+from loft_hpc.jobs.prediction import predict
 from loft_hpc.jobs.pretrain import PretrainSettings
 from loft_hpc.models.architecture import architecture
 from loft_hpc.pipeline.gpipe import PipelineSettings
@@ -75,7 +75,7 @@ def link(hosts: Hosts) -> Link:
     return Link(found["latency"], found["bandwidth"])
 
 
-def epoch_seconds(hosts: Hosts, settings: PretrainSettings) -> tuple[float, float]:
+def epoch_seconds(hosts: Hosts, settings: PretrainSettings, algorithms: dict[str, str]) -> tuple[float, float]:
     """(training, exchange) seconds of the last epoch of a real run. Raises TrainingFailed."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -90,7 +90,7 @@ def epoch_seconds(hosts: Hosts, settings: PretrainSettings) -> tuple[float, floa
             options += ["--transport-dtype", loft.transport_dtype, "--average-every", str(loft.average_every)]
         if settings.strategy == "gpipe":
             options += ["--split", settings.pipeline.split, "--micro-batches", str(settings.pipeline.micro_batches)]
-        result = hosts.launch(["loft", "pretrain", *options], seconds=300, environment=ENVIRONMENT, mca=TEXTBOOK)
+        result = hosts.launch(["loft", "pretrain", *options], seconds=300, environment=ENVIRONMENT, mca=algorithms)
         check(result, run)
         epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"epoch"' in line]
         last = [event for event in epochs if event["event"] == "epoch"][-1]
@@ -99,7 +99,7 @@ def epoch_seconds(hosts: Hosts, settings: PretrainSettings) -> tuple[float, floa
 
 def flop_rate(hosts: Hosts, ranks: int) -> float:
     """FLOP/s that a rank sustains beside the others, from a data-parallel epoch without its all-reduces."""
-    total, exchanging = epoch_seconds(hosts, CASES["data-parallel"])
+    total, exchanging = epoch_seconds(hosts, CASES["data-parallel"], TEXTBOOK)
     shape = known_shape("digits")
     network = architecture(BASE.model, shape.num_classes, shape.channels, shape.stem, BASE.widen)
     images = shape.train_images // BASE.batch_size * BASE.batch_size / ranks
@@ -112,7 +112,9 @@ def flop_rate(hosts: Hosts, ranks: int) -> float:
 @click.option(
     "--rate", "rates", type=float, multiple=True, default=(500.0, 100.0), show_default=True, help="Mbit/s of every link (repeat)."
 )
-def main(ranks: int, rates: tuple[float, ...]) -> None:
+@click.option("--own-algorithms", is_flag=True, help="Let Open MPI choose, in place of pinning the textbook algorithms.")
+def main(ranks: int, rates: tuple[float, ...], own_algorithms: bool) -> None:
+    algorithms = {} if own_algorithms else TEXTBOOK
     reason = available()
     if reason:
         raise click.ClickException(reason)
@@ -129,7 +131,7 @@ def main(ranks: int, rates: tuple[float, ...]) -> None:
                 cluster = Cluster("namespaces", of.latency_seconds, of.bandwidth_bytes_per_second, rate)
                 for name, settings in CASES.items():
                     expected = predict(settings, ranks, cluster).seconds_per_epoch.total
-                    measured, _ = epoch_seconds(hosts, settings)
+                    measured, _ = epoch_seconds(hosts, settings, algorithms)
                     click.echo(
                         f"| {'unlimited' if limit is None else f'{limit:g} Mbit/s'} | {1e6 * of.latency_seconds:.0f} us "
                         f"| {of.bandwidth_bytes_per_second / 1e6:.1f} MB/s | {name} | {expected:.2f} | {measured:.2f} | {expected / measured:.2f} |"

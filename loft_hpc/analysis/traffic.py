@@ -18,7 +18,7 @@ import torch
 
 from loft_hpc.comm.ledger import Entry, Ledger
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.models.groups import filter_groups, member_names, partitioned_groups
+from loft_hpc.models.groups import filter_groups, member_names, partitioned_groups, shares
 from loft_hpc.models.resnet import ResidualNetwork
 
 FLOAT32_BYTES = 4
@@ -45,8 +45,7 @@ class Division:
         """D over random deals: a filter of worker s stays with probability (its share of the group)."""
         total = 0.0
         for _, width, parameters in self.groups:
-            shares = [width // workers + (worker < width % workers) for worker in range(workers)]
-            total += parameters * (width - sum(share * share for share in shares) / width)
+            total += parameters * (width - sum(share * share for share in shares(width, workers)) / width)
         return total
 
 

@@ -1,17 +1,14 @@
 """Messages from rank to rank, for what is no collective: mpi4py, non-blocking, on buffers that the caller keeps."""
 
-import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from loft_hpc.comm.ledger import Entry
 from loft_hpc.comm.staging import Staging
 from loft_hpc.comm.world import World
-
-SPIN_SECONDS = 100e-6
-PAUSE_SECONDS = 50e-6
 
 
 class Messages:
@@ -31,7 +28,7 @@ class Messages:
         self._world.ledger.record("send", purpose, Entry(1, size, 0, size, 0))
         host = self._staging.to_host(tensor, f"send.{purpose}.{tag}")
         request = self._mpi.Isend(_bytes(host), to, tag)
-        return lambda kept=host: _complete(request)  # the memory must live as long as the request
+        return lambda kept=host: request.Wait()  # the memory must live as long as the request
 
     def receive(self, tensor: Tensor, source: int, tag: int, purpose: str) -> Callable[[], Tensor]:
         size = tensor.numel() * tensor.element_size()
@@ -40,21 +37,13 @@ class Messages:
         request = self._mpi.Irecv(_bytes(host), source, tag)
 
         def wait() -> Tensor:
-            _complete(request)
+            request.Wait()
             return self._staging.back(host, tensor)
 
         return wait
 
 
-def _bytes(tensor: Tensor):
+def _bytes(tensor: Tensor) -> np.ndarray:
     if not tensor.is_contiguous():
         raise ValueError("a message must be contiguous in memory")
     return tensor.detach().view(-1).view(torch.uint8).numpy()
-
-
-def _complete(request) -> None:
-    """Wait without keeping a core busy for long: another rank of this machine may need it for what we wait for."""
-    began = time.perf_counter()
-    while not request.Test():
-        if time.perf_counter() - began > SPIN_SECONDS:
-            time.sleep(PAUSE_SECONDS)

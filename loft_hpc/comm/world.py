@@ -79,12 +79,7 @@ class World:
         from horovod.torch import mpi_ops
 
         handle = mpi_ops._allgather_async(host, _as_carried(target), f"allgather.{purpose}", self._hvd.global_process_set)
-
-        def wait() -> Tensor:
-            self._hvd.synchronize(handle)
-            return self._staging.back(target, output)
-
-        return wait
+        return lambda: self._arrived(handle, target, output)
 
     def all_to_all(
         self, tensor: Tensor, output: Tensor, sent_counts: list[int], received_counts: list[int], purpose: str
@@ -109,12 +104,12 @@ class World:
         from horovod.torch import mpi_ops  # as for all_gather: into a buffer that is there already
 
         handle = mpi_ops._alltoall_async(host, splits, _as_carried(target), arrived, f"alltoall.{purpose}", self._hvd.global_process_set)
+        return lambda: self._arrived(handle, target, output)
 
-        def wait() -> Tensor:
-            self._hvd.synchronize(handle)
-            return self._staging.back(target, output)
-
-        return wait
+    def _arrived(self, handle: int, target: Tensor, output: Tensor) -> Tensor:
+        """Wait for Horovod to fill `target`, and bring it home into `output`."""
+        self._hvd.synchronize(handle)
+        return self._staging.back(target, output)
 
     def broadcast_(self, tensor: Tensor, purpose: str, root: int = 0) -> Callable[[], Tensor]:
         """Root's `tensor`, in place on every rank."""

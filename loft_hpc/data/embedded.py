@@ -11,6 +11,7 @@ from loft_hpc import seeds
 from loft_hpc.data.augment import Augmentation
 from loft_hpc.data.dataset import Batch, DataInfo, TensorDataSet, fingerprint
 from loft_hpc.errors import LoftError
+from loft_hpc.models.architecture import stem_for
 
 DIGITS_TEST_IMAGES = 360
 
@@ -103,7 +104,7 @@ def _in_memory(
         num_classes=classes,
         channels=train[0].shape[1],
         image_size=size,
-        stem="imagenet" if size > 64 else "cifar",
+        stem=stem_for(size),
         train_images=len(train[0]),
         test_images=len(test[0]),
         fingerprint=fingerprint(*train, *test),

@@ -15,6 +15,7 @@ from loft_hpc import seeds
 from loft_hpc.data.dataset import Batch, DataInfo, DataSet, calibration_indices
 from loft_hpc.data.order import Order
 from loft_hpc.errors import LoftError
+from loft_hpc.models.architecture import stem_for
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -49,7 +50,7 @@ class FolderDataSet(DataSet):
             num_classes=len(train.classes),
             channels=3,
             image_size=size,
-            stem="imagenet" if size > 64 else "cifar",
+            stem=stem_for(size),
             train_images=len(train),
             test_images=len(test),
             fingerprint=names.hexdigest(),

@@ -9,6 +9,7 @@ from loft_hpc.comm.world import World
 from loft_hpc.data import embedded
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.errors import LoftError
+from loft_hpc.models.architecture import stem_for
 
 DATASET_NAMES = ("digits", "textures", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic")
 CIFAR = ("cifar10", "cifar100")
@@ -26,7 +27,7 @@ class DataShape:
 
     @property
     def stem(self) -> str:
-        return "imagenet" if self.image_size > 64 else "cifar"
+        return stem_for(self.image_size)
 
 
 _SHAPES = {

@@ -166,8 +166,8 @@ class AllToAllExchange(Exchange):
             self._rounded.copy_(self._sub.partitioned.content)
         leaves = leaving(old, new, rank, self._groups)
         layouts = self._layouts_of(leaves)
-        self._sent = self._sizes(layouts)
-        pieces = self._pieces(self._leaves, self._sent, layouts)
+        self.sent_counts = self._sizes(layouts)
+        pieces = self._pieces(self._leaves, self.sent_counts, layouts)
         for worker, (layout, piece, hand) in enumerate(zip(layouts, pieces, leaves, strict=True)):
             source = self._sub.partitioned.content if worker == rank else self._rounded
             for copy in range(self._copies):
@@ -175,17 +175,17 @@ class AllToAllExchange(Exchange):
                 collect(layout.views(_copy_of(_movable(piece), copy, self._copies)), hand, [Holding(mine, old[rank])], self._groups)
         self._arrivals = arriving(old, new, rank, self._groups)
         self._arrival_layouts = self._layouts_of(self._arrivals)
-        self._received = self._sizes(self._arrival_layouts)
+        self.received_counts = self._sizes(self._arrival_layouts)
 
     def send_partitioned(self) -> Callable[[], object]:
-        leaves, arrives = self._leaves[: sum(self._sent)], self._arrives[: sum(self._received)]
-        return self._world.all_to_all(leaves, arrives, self._sent, self._received, "partitioned")
+        leaves, arrives = self._leaves[: sum(self.sent_counts)], self._arrives[: sum(self.received_counts)]
+        return self._world.all_to_all(leaves, arrives, self.sent_counts, self.received_counts, "partitioned")
 
     def unpack(self, old: Deal, new: Deal) -> None:
         if not self._exact:
-            received = sum(self._received)
+            received = sum(self.received_counts)
             self._home[:received].copy_(self._arrives[:received])
-        pieces = self._pieces(self._home, self._received, self._arrival_layouts)
+        pieces = self._pieces(self._home, self.received_counts, self._arrival_layouts)
         for copy, views in enumerate(self._own_views()):
             holdings = [
                 Holding(layout.views(_copy_of(piece, copy, self._copies)), hand)

@@ -17,7 +17,7 @@ from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import PARTITION_RULES, State, filter_groups, partitioned_groups
 from loft_hpc.runs.run import Checkpoint
 from loft_hpc.training.settings import Optimisation
-from loft_hpc.training.strategy import Advance, Strategy
+from loft_hpc.training.strategy import Advance, Strategy, refuse_other_network
 from loft_hpc.training.trainer import Trainer
 
 MOMENTUM_RULES = ("reset", "carry")
@@ -143,9 +143,7 @@ class Loft(Strategy):
         for key, tensor in checkpoint.tensors.items():
             kind, name = key.split("/", 1)
             (state if kind == "parameters" else momentum)[name] = tensor
-        expected = self.full_state()
-        if state.keys() != expected.keys() or any(state[name].shape != expected[name].shape for name in expected):
-            raise LoftError("the checkpoint belongs to another network: resume with the options that the run was started with")
+        refuse_other_network(state, self.full_state())
         self._step, self._round = checkpoint.step, int(checkpoint.progress["round"])
         self._deal = deal(self.groups, self._world.size, self._seed, self._round)
         self._whole = {name: state[name] for name in self._names}

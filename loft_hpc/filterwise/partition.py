@@ -8,15 +8,10 @@ from torch import Tensor
 
 from loft_hpc import seeds
 from loft_hpc.errors import LoftError
-from loft_hpc.models.groups import FilterGroup
+from loft_hpc.models.groups import FilterGroup, shares
 
 Deal = list[dict[str, Tensor]]
 """One selection for each worker; together they hold every filter of every partitioned group exactly once."""
-
-
-def shares(width: int, workers: int) -> list[int]:
-    """How many of `width` filters each worker holds: equal, the first `width % workers` one more. The same in every round."""
-    return [width // workers + (worker < width % workers) for worker in range(workers)]
 
 
 def check_workers(groups: Sequence[FilterGroup], workers: int) -> None:

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from loft_hpc.filterwise.partition import shares
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.models.groups import FilterGroup, Selection, State, member_names, slice_state
+from loft_hpc.models.groups import FilterGroup, Selection, State, member_names, shares, slice_state
 from loft_hpc.models.resnet import build
 from loft_hpc.training.buffers import Layout, ParameterBuffer
 from loft_hpc.training.trainer import named_subset

@@ -115,6 +115,11 @@ class Architecture:
             raise LoftError(f"not a description of a network ({type(problem).__name__}: {problem})") from None
 
 
+def stem_for(image_size: int) -> str:
+    """The stem that suits images of so many pixels per side: small ones must not be shrunk at once."""
+    return "imagenet" if image_size > 64 else "cifar"
+
+
 def architecture(model: str, num_classes: int, in_channels: int = 3, stem: str = "cifar", widen: float | None = None) -> Architecture:
     """The network that `model` names, for a data set's classes, channels and stem.
 

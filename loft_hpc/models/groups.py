@@ -83,6 +83,11 @@ def partitioned_groups(groups: Sequence[FilterGroup], rule: str) -> tuple[Filter
     raise LoftError(f"unknown partition rule '{rule}': choose one of {', '.join(PARTITION_RULES)}")
 
 
+def shares(width: int, workers: int) -> list[int]:
+    """How many of `width` filters each worker holds: equal, the first `width % workers` one more. The same in every round."""
+    return [width // workers + (worker < width % workers) for worker in range(workers)]
+
+
 def everything(groups: Sequence[FilterGroup]) -> dict[str, Tensor]:
     """The selection of all filters."""
     return {group.name: torch.arange(group.width) for group in groups}

@@ -18,7 +18,7 @@ from loft_hpc.runs.run import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.settings import Optimisation
-from loft_hpc.training.strategy import Advance, Strategy
+from loft_hpc.training.strategy import Advance, Strategy, refuse_other_network
 from loft_hpc.training.trainer import FlatSGD, stop_statistics
 
 STRETCH_STEPS = 8
@@ -137,10 +137,8 @@ class GPipe(Strategy):
         return tensors | {f"momentum/{name}": view for name, view in self._gather(self._buffer.momentum).items()}, {}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        tensors, expected = checkpoint.tensors, self.full_state()
-        names = {f"{kind}/{name}": tensor.shape for kind in ("parameters", "momentum") for name, tensor in expected.items()}
-        if tensors.keys() != names.keys() or any(tensors[name].shape != shape for name, shape in names.items()):
-            raise LoftError("the checkpoint belongs to another network: resume with the options that the run was started with")
+        tensors, whole = checkpoint.tensors, self.full_state()
+        refuse_other_network(tensors, {f"{kind}/{name}": tensor for kind in ("parameters", "momentum") for name, tensor in whole.items()})
         momentum = self._buffer.layout.views(self._buffer.momentum)
         for name, view in self._buffer.views.items():
             view.copy_(tensors[f"parameters/{name}"])

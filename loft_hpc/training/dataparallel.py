@@ -9,13 +9,12 @@ from torch import Tensor
 from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
-from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.runs.run import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.settings import Optimisation
-from loft_hpc.training.strategy import Advance, Strategy
+from loft_hpc.training.strategy import Advance, Strategy, refuse_other_network
 from loft_hpc.training.trainer import Trainer
 
 STRETCH_STEPS = 8
@@ -73,8 +72,7 @@ class DataParallel(Strategy):
         targets = {f"parameters/{name}": view for name, view in self._buffer.views.items()}
         targets |= {f"momentum/{name}": view for name, view in self._buffer.layout.views(self._buffer.momentum).items()}
         tensors = checkpoint.tensors
-        if tensors.keys() != targets.keys() or any(tensors[name].shape != targets[name].shape for name in targets):
-            raise LoftError("the checkpoint belongs to another network: resume with the options that the run was started with")
+        refuse_other_network(tensors, targets)
         for name, target in targets.items():
             target.copy_(tensors[name])
         self._step = checkpoint.step

@@ -1,10 +1,12 @@
 """What every way of training a network over the ranks offers to the session that runs it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from loft_hpc.errors import LoftError
 from loft_hpc.runs.run import Checkpoint
 
 
@@ -20,6 +22,12 @@ class Advance:
     """Wall time of this rank in collectives and in unpacking them, or in waiting for messages."""
     rounds: int | None = None
     """Rounds done so far, where the strategy has rounds."""
+
+
+def refuse_other_network(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises LoftError unless a checkpoint's tensors are those expected, by name and shape."""
+    if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in expected):
+        raise LoftError("the checkpoint belongs to another network: resume with the options that the run was started with")
 
 
 class Strategy(ABC):
