@@ -20,6 +20,7 @@ from loft_hpc.jobs.prediction import predict
 from loft_hpc.jobs.pretrain import PretrainSettings
 from loft_hpc.models.architecture import architecture
 from loft_hpc.pipeline.gpipe import PipelineSettings
+from loft_hpc.training.settings import Snapshots
 
 from hosts import Hosts, available
 from kernel import TEXTBOOK, TrainingFailed, check
@@ -27,7 +28,7 @@ from kernel import TEXTBOOK, TrainingFailed, check
 # Ranks wait for one another without filling a core, and ask Horovod's question often enough to add little to a collective.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HOROVOD_CYCLE_TIME": "1"}
 BASE = PretrainSettings(
-    model="resnet20", widen=4, epochs=2, batch_size=64, snapshot_every=0, data=DataSettings(dataset="digits"),
+    model="resnet20", widen=4, epochs=2, batch_size=64, snapshots=Snapshots(snapshot_every="0"), data=DataSettings(dataset="digits"),
     loft=LoftSettings(local_iterations=4), pipeline=PipelineSettings(split="balanced"),
 )  # fmt: skip
 CASES = {

@@ -1,9 +1,14 @@
 """Plots as PNG files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+
+from loft_hpc.analysis.distance import GroupDistance
+from loft_hpc.analysis.statistics import mean_interval
 from loft_hpc.analysis.timing import Seconds
 from loft_hpc.errors import LoftError
 
@@ -21,8 +26,9 @@ class Cost(Protocol):
     impossible: str
 
 
-def plot_costs(costs: Sequence[Cost], path: Path, title: str, cluster: str | None) -> None:
-    """Bytes delivered over the training, and beside them seconds per epoch where a cluster is given, over the number of workers."""
+@contextmanager
+def _figure(path: Path, rows: int, columns: int, size: tuple[float, float], **details: Any) -> Iterator[tuple[Any, np.ndarray]]:
+    """A figure of (rows, columns) axes, written to `path` at the end. Raises LoftError for a path that is no PNG file's."""
     if path.suffix.lower() != ".png":
         raise LoftError(f"--plot {path} must end in .png", usage=True)
     import matplotlib
@@ -30,26 +36,156 @@ def plot_costs(costs: Sequence[Cost], path: Path, title: str, cluster: str | Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2 if cluster else 1, figsize=(12 if cluster else 6.5, 4.8), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **details)
+    yield figure, axes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_costs(costs: Sequence[Cost], path: Path, title: str, cluster: str | None) -> None:
+    """Bytes delivered over the training, and beside them seconds per epoch where a cluster is given, over the number of workers."""
     values = [("payload delivered to workers, whole training (GB)", lambda cost: cost.delivered_bytes / 1e9)]
     if cluster:
         values.append((f"seconds per epoch, predicted for {cluster}", lambda cost: cost.seconds_per_epoch.total))
     possible = [cost for cost in costs if not cost.impossible]
     numbers = sorted({cost.workers for cost in costs})
-    for axes, (label, value) in zip(panels[0], values, strict=True):
-        for strategy in dict.fromkeys(cost.strategy for cost in possible):
-            points = [cost for cost in possible if cost.strategy == strategy]
-            colour, marker = _STYLES[strategy]
-            axes.plot([point.workers for point in points], [value(point) for point in points], color=colour, marker=marker, label=strategy)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(numbers, [str(number) for number in numbers])
-        axes.minorticks_off()
-        axes.set_xlabel("workers")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(title.replace("; ", "\n"), fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with _figure(path, 1, len(values), (12 if cluster else 6.5, 4.8)) as (figure, panels):
+        for axes, (label, value) in zip(panels[0], values, strict=True):
+            for strategy in dict.fromkeys(cost.strategy for cost in possible):
+                points = [cost for cost in possible if cost.strategy == strategy]
+                colour, marker = _STYLES[strategy]
+                axes.plot(
+                    [point.workers for point in points], [value(point) for point in points], color=colour, marker=marker, label=strategy
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(numbers, [str(number) for number in numbers])
+            axes.minorticks_off()
+            axes.set_xlabel("workers")
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.suptitle(title.replace("; ", "\n"), fontsize=10)
+
+
+class Row(Protocol):
+    """Distances of one snapshot."""
+
+    epoch: float
+    groups: list[GroupDistance]
+
+    @property
+    def mean_normalised(self) -> float: ...
+
+
+class Course(Protocol):
+    """A run's distances over its pretraining."""
+
+    path: Path
+    label: str
+    rows: Sequence[Row]
+    losses: Sequence[tuple[float, float]]
+
+
+def plot_distances(courses: Sequence[Course], path: Path, reference: str) -> None:
+    """The poster's heat map of each run, layers by epochs, darker being closer, over its loss on the same axis.
+
+    For several runs a third row shows their mean distances together; all heat maps have one scale of colours.
+    """
+    several = len(courses) > 1
+    heights = [2.2, 1.2] + [1.6] * several
+    width = 5.2 if several else 7.5
+    highest = max(group.normalised for course in courses for row in course.rows for group in row.groups) or 1.0
+    with _figure(path, len(heights), len(courses), (width * len(courses), 2.0 * sum(heights)), height_ratios=heights, sharex="col") as (
+        figure,
+        panels,
+    ):
+        for course, (heat, loss) in zip(courses, panels[:2].T, strict=True):
+            epochs = np.array([row.epoch for row in course.rows])
+            values = np.array([[group.normalised for group in row.groups] for row in course.rows]).T
+            names = [group.group for group in course.rows[0].groups]
+            mesh = heat.pcolormesh(_edges(epochs), np.arange(len(names) + 1), values, cmap="magma", vmin=0, vmax=highest)
+            heat.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
+            heat.invert_yaxis()
+            heat.set_title(course.label)
+            loss.plot(*zip(*course.losses, strict=True), color="black", marker=".")
+            loss.set_ylabel("training loss")
+            loss.set_xlabel("epochs of pretraining")
+            loss.tick_params(labelbottom=True)
+            loss.grid(alpha=0.3)
+        figure.colorbar(mesh, ax=list(panels[0]), label="filter distance / that of a random ranking", fraction=0.05)
+        figure.suptitle(f"Filter distance of each snapshot to {_reference_name(reference)} (darker: closer)", fontsize=11)
+        if several:
+            _mean_distances(figure, panels[2], courses)
+
+
+def _mean_distances(figure: Any, places: Sequence[Any], courses: Sequence[Course]) -> None:
+    """One panel over the whole width, in place of the row's own."""
+    grid = places[0].get_gridspec()
+    for axes in places:
+        axes.remove()
+    together = figure.add_subplot(grid[-1, :])
+    distinct = len({course.label for course in courses}) == len(courses)
+    for course, (colour, marker) in zip(courses, _cycle(), strict=False):
+        points = [(row.epoch, row.mean_normalised) for row in course.rows]
+        together.plot(*zip(*points, strict=True), color=colour, marker=marker, label=course.label if distinct else str(course.path))
+    together.set_xlabel("epochs of pretraining")
+    together.set_ylabel("mean over layers")
+    together.set_ylim(bottom=0)
+    together.grid(alpha=0.3)
+    together.legend()
+
+
+class Point(Protocol):
+    """A retrained ticket of a snapshot."""
+
+    label: str
+    snapshot: str
+    epoch: float
+    ratio: float
+    accuracy: float
+    dense_accuracy: float
+
+
+def plot_sweep(points: Sequence[Point], path: Path) -> None:
+    """Accuracy after retraining over the snapshot's epoch: a curve for each label and pruning ratio, a line for the dense network.
+
+    Several runs of one label are averaged, with the 95 % interval of their mean (Student).
+    """
+    labels = list(dict.fromkeys(point.label for point in points))
+    ratios = sorted({point.ratio for point in points}, reverse=True)
+    with _figure(path, 1, len(ratios), (1.5 + 5.2 * len(ratios), 4.6), sharey=True) as (_, panels):
+        for axes, ratio in zip(panels[0], ratios, strict=True):
+            for label, (colour, marker) in zip(labels, _cycle(), strict=False):
+                mine = [point for point in points if point.label == label and point.ratio == ratio]
+                snapshots = list(dict.fromkeys(point.snapshot for point in mine))
+                groups = [[point for point in mine if point.snapshot == snapshot] for snapshot in snapshots]
+                epochs = [float(np.mean([point.epoch for point in group])) for group in groups]
+                means, halves = zip(*(mean_interval([100 * point.accuracy for point in group]) for group in groups), strict=True)
+                axes.errorbar(epochs, means, yerr=halves, color=colour, marker=marker, capsize=3, label=f"{label}, ticket retrained")
+                dense, _ = mean_interval([100 * accuracy for accuracy in {point.dense_accuracy for point in mine}])
+                axes.axhline(dense, color=colour, linestyle="--", linewidth=1, label=f"{label}, dense network")
+            axes.set_title(f"{100 * ratio:g} % of the filters pruned")
+            axes.set_xlabel("epoch of pretraining whose ticket is retrained")
+            axes.grid(alpha=0.3)
+        panels[0][0].set_ylabel("test accuracy (%)")
+        panels[0][-1].legend(fontsize=8)
+
+
+def _edges(centres: np.ndarray) -> np.ndarray:
+    """The borders of cells around the snapshots' epochs, half way between them."""
+    if len(centres) == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    middles = (centres[:-1] + centres[1:]) / 2
+    return np.concatenate([[2 * centres[0] - middles[0]], middles, [2 * centres[-1] - middles[-1]]])
+
+
+def _reference_name(reference: str) -> str:
+    return {"final": "the final network", "previous": "the snapshot before", "init": "the initialisation"}.get(reference, reference)
+
+
+def _cycle() -> list[tuple[str, str]]:
+    """(colour, marker) for curves that stand for no strategy."""
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    return list(zip(colours * 2, "os^Dv<>" + "sDo^<v>", strict=True))

@@ -14,13 +14,14 @@ from loft_hpc.cli.context import Job, Report
 from loft_hpc.cli.options import fill, option, several, typed
 from loft_hpc.cli.pretrain import loft_options, pipeline_options
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings, known_shape
+from loft_hpc.filterwise.emergence import Stopping
 from loft_hpc.filterwise.loft import LoftSettings
 from loft_hpc.jobs.commcost import run_cost
 from loft_hpc.jobs.prediction import predict
 from loft_hpc.jobs.pretrain import STRATEGIES, PretrainSettings
 from loft_hpc.models.architecture import MODEL_NAMES
 from loft_hpc.pipeline.gpipe import PipelineSettings
-from loft_hpc.training.settings import Computation, Evaluation, Optimisation
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
 
 WORKERS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -105,13 +106,14 @@ def _case(
         options,
         strategy="loft",
         seed=0,
-        snapshot_every=0,
         data=DataSettings(dataset=options["dataset"], image_size=options["image_size"]),
         loft=fill(LoftSettings, options),
         pipeline=fill(PipelineSettings, options),
         optimisation=Optimisation(),
         evaluation=Evaluation(),
         computation=Computation(),
+        snapshots=Snapshots(snapshot_every="0"),
+        stopping=Stopping(),
     )
     known_shape(settings.data.dataset, settings.data.image_size)
     cluster = Cluster.read(cluster_name) if cluster_name else None

@@ -21,6 +21,8 @@ COMMANDS = {
     "pretrain": "Find a ticket: train a network over all ranks.",
     "prune": "Draw tickets from a pretraining run.",
     "retrain": "Train a ticket over all ranks.",
+    "sweep": "Retrain a ticket of every snapshot: when is it there?",
+    "theory": "LoFT's Theorem 1, checked numerically.",
     "measure": "Accuracy, size, latency and filter distance.",
     "commcost": "The communication-cost report.",
     "doctor": "What is installed, what is missing, how to mend it.",

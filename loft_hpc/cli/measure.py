@@ -5,11 +5,12 @@ from pathlib import Path
 
 import click
 
-from loft_hpc.analysis.distance import NORMS
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.options import device_option, moved_data_option
-from loft_hpc.jobs.measure import Distances, Measured, distances, measure
+from loft_hpc.jobs.distances import Course, distances
+from loft_hpc.jobs.measure import Measured, measure
+from loft_hpc.models.scores import CRITERIA
 
 
 @click.command("measure")
@@ -17,10 +18,20 @@ from loft_hpc.jobs.measure import Distances, Measured, distances, measure
 @click.option(
     "--distance-to",
     metavar="WHAT",
-    help="Filter distance in place of the other measures: of each snapshot to the run's own 'final' network, or of the final network to 'init', 'epoch:K', another RUN or a snapshot file.",
+    help="In place of the other measures, the filter distance of each snapshot of RUN to its 'final' network, to the 'previous' snapshot, to 'init', 'epoch:K' or 'step:K', to another RUN's final network, or to a snapshot's file.",
+)
+@click.option("--norm", type=click.Choice(CRITERIA), default="l2", show_default=True, help="What ranks the filters for --distance-to.")
+@click.option(
+    "--ratio",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Pruning ratio in view of --distance-to: only the filters that it leaves count (0: all).",
 )
 @click.option(
-    "--norm", type=click.Choice(list(NORMS)), default="l2", show_default=True, help="Norm that ranks the filters for --distance-to."
+    "--plot",
+    type=click.Path(),
+    help="PNG file for the distances: a heat map of layers and epochs (darker is closer) over the loss; for several runs their mean distances too.",
 )
 @moved_data_option
 @click.option("--latency-batch", type=click.IntRange(1), default=64, show_default=True, help="Images in a timed forward pass.")
@@ -29,23 +40,24 @@ from loft_hpc.jobs.measure import Distances, Measured, distances, measure
 @format_option
 @click.pass_context
 def command(
-    context: click.Context, paths: tuple[str, ...], distance_to: str | None, norm: str, data_dir: str | None, latency_batch: int,
-    repetitions: int, device: str, format: str,
+    context: click.Context, paths: tuple[str, ...], distance_to: str | None, norm: str, ratio: float, plot: str | None,
+    data_dir: str | None, latency_batch: int, repetitions: int, device: str, format: str,
 ) -> None:  # fmt: skip
     """Accuracy, parameters, FLOPs and latency of runs and tickets, each beside the dense network; or filter distances.
 
     FLOPs count a multiply-add as 2, in convolutions and the classifier. Latency is the median wall time of a forward pass on this
     machine, dense and pruned taking turns (under mpirun: on rank 0, while the others wait).
 
-    Example: loft measure runs/RUN runs/RUN/tickets/*
+    Examples: loft measure runs/RUN runs/RUN/tickets/*
+
+    loft measure runs/RUN --distance-to final --plot runs/RUN/plots/distance.png
     """
     job: Job = context.obj
+    if distance_to is None and plot:
+        raise click.UsageError("--plot belongs to --distance-to")
     job.join()
     if distance_to is not None:
-        found = {path: distances(Path(path), distance_to, norm) for path in paths}
-        job.show(
-            format, _distance_fields(found, distance_to, norm), "\n\n".join(_distance_table(path, rows) for path, rows in found.items())
-        )
+        _show_distances(job, paths, distance_to, norm, ratio, plot, format)
         return
     results = measure([Path(path) for path in paths], data_dir, latency_batch, repetitions, device, job.world)
     fields = {"flops_per_multiply_add": FLOPS_PER_MULTIPLY_ADD, "measured": [_fields(result) for result in results]}
@@ -100,24 +112,28 @@ def _fields(result: Measured) -> dict:
     }
 
 
-def _distance_fields(found: dict[str, list[Distances]], reference: str, norm: str) -> dict:
-    return {
-        "reference": reference,
-        "norm": norm,
-        "distances": [
-            {"path": path, "label": row.label, "mean_normalised": row.mean_normalised, "groups": [asdict(group) for group in row.groups]}
-            for path, rows in found.items()
-            for row in rows
-        ],
-    }
+def _show_distances(job: Job, paths: tuple[str, ...], reference: str, criterion: str, ratio: float, plot: str | None, format: str) -> None:
+    courses = [distances(Path(path), reference, criterion, ratio) for path in paths]
+    if plot and job.speaks:
+        from loft_hpc.analysis.plots import plot_distances
+
+        plot_distances(courses, Path(plot), reference)
+    rows = [
+        {"path": str(course.path), "label": row.label, "epoch": row.epoch, "step": row.step, "mean_normalised": row.mean_normalised,
+         "groups": [asdict(group) for group in row.groups]}
+        for course in courses
+        for row in course.rows
+    ]  # fmt: skip
+    fields = {"reference": reference, "norm": criterion, "pruning_ratio_in_view": ratio, "distances": rows}
+    job.show(format, fields, "\n\n".join(_distance_table(course) for course in courses))
 
 
-def _distance_table(path: str, rows: list[Distances]) -> str:
+def _distance_table(course: Course) -> str:
     """Groups down, snapshots across; values normalised by the expectation for a random ranking."""
-    header = ["block", "filters", *(row.label for row in rows)]
+    header = ["block", "filters", *(row.label for row in course.rows)]
     lines = [
-        [group.group, str(group.filters), *(f"{row.groups[number].normalised:.3f}" for row in rows)]
-        for number, group in enumerate(rows[0].groups)
+        [group.group, str(group.filters), *(f"{row.groups[number].normalised:.3f}" for row in course.rows)]
+        for number, group in enumerate(course.rows[0].groups)
     ]
-    lines.append(["mean", "", *(f"{row.mean_normalised:.3f}" for row in rows)])
-    return f"{path}: filter distance / its expectation for a random ranking\n{table(header, lines)}"
+    lines.append(["mean", "", *(f"{row.mean_normalised:.3f}" for row in course.rows)])
+    return f"{course.path}: filter distance / its expectation for a random ranking\n{table(header, lines)}"

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings
-from loft_hpc.training.settings import PRECISIONS, SCHEDULES, Computation, Evaluation, Optimisation
+from loft_hpc.training.settings import PRECISIONS, SCHEDULES, Computation, Evaluation, Optimisation, Snapshots
 
 Decorator = Callable[[Callable], Callable]
 
@@ -75,6 +75,21 @@ evaluation_options = several(
     ),
     option(Evaluation, "statistics_batch", "Images in each of those batches.", type=int),
 )
+
+
+def snapshot_options(every: str = default(Snapshots, "snapshot_every")) -> Decorator:
+    """Options of snapshots, with a command's own default interval."""
+    return several(
+        click.option(
+            "--snapshot-every", default=every, show_default=True, metavar="INTERVAL",
+            help="Between two snapshots: 1ep, 200it (steps of a worker), or 0 for the first and the last network alone.",
+        ),
+        click.option(
+            "--snapshot-tensors/--no-snapshot-tensors", default=default(Snapshots, "snapshot_tensors"), show_default=True,
+            help="Record the whole network in a snapshot, to draw tickets from, or the filters' norms and scales alone.",
+        ),
+    )  # fmt: skip
+
 
 device_option = option(
     Computation, "device", "Where to compute; auto takes a GPU if there is one.", type=click.Choice(["auto", "cpu", "cuda"])

@@ -16,11 +16,13 @@ from loft_hpc.cli.options import (
     precision_option,
     run_options,
     several,
+    snapshot_options,
     typed,
 )
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DataSettings
+from loft_hpc.filterwise.emergence import RULES, Stopping
 from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES
 from loft_hpc.filterwise.loft import MOMENTUM_RULES, LoftSettings
 from loft_hpc.jobs.pretrain import STRATEGIES, PretrainSettings, pretrain
@@ -28,7 +30,7 @@ from loft_hpc.jobs.settings import flatten
 from loft_hpc.models.architecture import MODEL_NAMES
 from loft_hpc.models.groups import PARTITION_RULES
 from loft_hpc.pipeline.gpipe import PipelineSettings
-from loft_hpc.training.settings import Computation, Evaluation, Optimisation
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
 
 loft_options = several(
     option(LoftSettings, "local_iterations", "SGD steps of a worker between two exchanges.", type=int),
@@ -38,6 +40,15 @@ loft_options = several(
     option(LoftSettings, "transport_dtype", "Type of what travels; float32 is kept at home.", type=click.Choice(list(TRANSPORT_DTYPES))),
     option(LoftSettings, "momentum_across_rounds", "Start momentum at 0 every round, or let it travel with its parameters.", type=click.Choice(MOMENTUM_RULES)),
     option(LoftSettings, "shard_data", "Disjoint shards of every epoch for the ranks, in place of all data in an order of their own.", is_flag=True),
+)  # fmt: skip
+
+_own_limits = "  [default: {}]".format(", ".join(f"{{}} for {rule}" for rule in RULES))
+stopping_options = several(
+    option(Stopping, "stop_when_stable", "End pretraining when the rankings of the filters stand still from snapshot to snapshot.", is_flag=True),
+    option(Stopping, "stability", "What must stand still: the distance of rankings, or Early-Bird's masks by BatchNorm scale.", type=click.Choice(list(RULES))),
+    option(Stopping, "stable_ratio", "Pruning ratio of the ticket in view: the filters that it leaves must stand still.", type=float),
+    option(Stopping, "tolerance", "Distance up to which they do: 0 none, 1 that of random rankings (masks: share that differs)." + _own_limits.format(*(tolerance for tolerance, _ in RULES.values())), type=float),
+    option(Stopping, "patience", "Snapshots for which they must." + _own_limits.format(*(patience for _, patience in RULES.values())), type=int),
 )  # fmt: skip
 
 pipeline_options = several(
@@ -63,7 +74,8 @@ pipeline_options = several(
 @pipeline_options
 @optimisation_options()
 @option(PretrainSettings, "seed", "Decides initialisation, deals, data order and augmentation.", type=int)
-@option(PretrainSettings, "snapshot_every", "Epochs between full snapshots (0: only the first and the last).", type=int)
+@snapshot_options()
+@stopping_options
 @evaluation_options
 @device_option
 @precision_option
@@ -89,6 +101,8 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
         optimisation=fill(Optimisation, options),
         evaluation=fill(Evaluation, options),
         computation=fill(Computation, options),
+        snapshots=fill(Snapshots, options),
+        stopping=fill(Stopping, options),
     )
     if given.rounds is not None and "epochs" in typed(context):
         raise click.UsageError("give --epochs or --rounds, not both")
@@ -96,6 +110,9 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
         strange = sorted(typed(context) & set(flatten(own))) if given.strategy != owner else []
         if strange:
             raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --strategy {owner}")
+    strange = sorted(typed(context) & set(flatten(given.stopping)) - {"stop_when_stable", "stable_ratio"})
+    if strange and not given.stopping.stop_when_stable:
+        raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --stop-when-stable")
     path = Path(run_path) if run_path else None
     job.join()
     settings = for_run(given, "pretrain", typed(context), path, resume)
@@ -113,6 +130,8 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
         "test_loss": score.loss,
         "test_images": score.images,
         "wall_seconds": outcome.wall_seconds,
+        "steps": outcome.steps,
+        "stopped_early": outcome.stopped_early,
         "synthetic_data": settings.data.synthetic,
     }
     merged = "merged network" if settings.strategy == "loft" and world.size > 1 else "network"

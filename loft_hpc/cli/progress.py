@@ -33,11 +33,12 @@ class Progress:
             self._bar.update(step - self._done, f"loss {loss:.3f}")
         self._done = step
 
-    def epoch_ended(self, epoch: int, epochs: int, loss: float, score: Any, seconds: float) -> None:
+    def epoch_ended(self, epoch: int, epochs: int, loss: float, score: Any, distance: float | None, seconds: float) -> None:
         if not self._speaks:
             return
         judged = f"   test accuracy {100 * score.accuracy:6.2f} %" if score else ""
-        line = f"epoch {epoch:>{len(str(epochs))}}/{epochs}   loss {loss:7.4f}{judged}   {seconds:6.1f} s"
+        moved = f"   filter distance {distance:.3f}" if distance is not None else ""
+        line = f"epoch {epoch:>{len(str(epochs))}}/{epochs}   loss {loss:7.4f}{judged}{moved}   {seconds:6.1f} s"
         if self._bar:
             click.echo("\r\033[K", nl=False)  # the bar gives way to the line and is drawn again below it
         click.echo(line)
@@ -46,3 +47,9 @@ class Progress:
                 self._bar.render_progress()
             else:
                 self._bar.render_finish()
+
+    def stopped(self, epoch: float, epochs: int) -> None:
+        if self._bar:
+            self._bar.render_finish()
+        if self._speaks:
+            click.echo(f"the filters' rankings stand still: stopped after {epoch:g} of {epochs} epochs")

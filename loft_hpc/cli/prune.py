@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from loft_hpc.analysis.distance import NORMS
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.options import device_option, fill, moved_data_option, option, several
-from loft_hpc.jobs.prune import BLOCK_CHOICES, prune
+from loft_hpc.jobs.prune import BLOCK_CHOICES, FINAL, prune
+from loft_hpc.models.scores import NORMS
 from loft_hpc.tickets.finders import FINDERS, SCOPES, Pruning
 
 pruning_options = several(
@@ -22,9 +22,7 @@ pruning_options = several(
 )
 
 
-@click.command("prune")
-@click.argument("run", type=click.Path())
-@click.option(
+ratio_option = click.option(
     "--ratio",
     "ratios",
     type=float,
@@ -33,6 +31,11 @@ pruning_options = several(
     show_default=True,
     help="Pruning ratio: share of the hidden filters removed (repeat for more tickets).",
 )
+
+
+@click.command("prune")
+@click.argument("run", type=click.Path())
+@ratio_option
 @pruning_options
 @click.option(
     "--blocks",
@@ -41,7 +44,10 @@ pruning_options = several(
     show_default=True,
     help="Blocks to prune: all, or as in LoFT's release all but the first of each stage.",
 )
-@click.option("--name", help="Name of the ticket, with a single --ratio.  [default: METHOD-CRITERION-RATIO]")
+@click.option(
+    "--at", default=FINAL, show_default=True, help="Network to draw from: final, init, epoch:K or step:K (a snapshot of the run)."
+)
+@click.option("--name", help="Name of the ticket, with a single --ratio.  [default: METHOD-CRITERION-RATIO, and the snapshot]")
 @moved_data_option
 @device_option
 @format_option
@@ -51,13 +57,14 @@ def command(
     run: str,
     ratios: tuple[float, ...],
     blocks: str,
+    at: str,
     name: str | None,
     data_dir: str | None,
     device: str,
     format: str,
     **options: Any,
 ) -> None:
-    """Draw tickets from the final network of RUN, one for each --ratio, into RUN/tickets.
+    """Draw tickets from the final network of RUN, or from a snapshot, one for each --ratio, into RUN/tickets.
 
     Ranks every block's hidden filters and keeps the best. The accuracy printed is that of the ticket as it is, with BatchNorm
     statistics re-estimated but not retrained.
@@ -70,7 +77,7 @@ def command(
         raise click.UsageError("the same --ratio is given twice")
     if name is not None and (not name or name != Path(name).name or name.startswith(".")):
         raise click.UsageError(f"--name '{name}' is no plain folder name")
-    results = prune(Path(run), prunings, blocks, name, data_dir, device, job.world)
+    results = prune(Path(run), prunings, blocks, at, name, data_dir, device, job.world)
     fields = {
         "flops_per_multiply_add": FLOPS_PER_MULTIPLY_ADD,
         "dense": {"parameters": results[0].dense.parameters, "flops": results[0].dense.flops},

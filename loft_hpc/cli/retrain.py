@@ -15,6 +15,7 @@ from loft_hpc.cli.options import (
     option,
     precision_option,
     run_options,
+    snapshot_options,
     typed,
 )
 from loft_hpc.cli.progress import Progress
@@ -22,7 +23,7 @@ from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DataSettings
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, retrain, ticket_data
 from loft_hpc.tickets.ticket import Ticket
-from loft_hpc.training.settings import Computation, Evaluation, Optimisation
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
 
 
 @click.command("retrain")
@@ -33,7 +34,7 @@ from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
 @optimisation_options(lr=LEARNING_RATE)
 @option(RetrainSettings, "seed", "Decides data order and augmentation.", type=int)
-@option(RetrainSettings, "snapshot_every", "Epochs between full snapshots (0: only the first and the last).", type=int)
+@snapshot_options("0")
 @evaluation_options
 @device_option
 @precision_option
@@ -53,6 +54,7 @@ def command(
         "optimisation": fill(Optimisation, options),
         "evaluation": fill(Evaluation, options),
         "computation": fill(Computation, options),
+        "snapshots": fill(Snapshots, options),
     }
     fill(RetrainSettings, options, data=DataSettings(), **parts)
     job.join()

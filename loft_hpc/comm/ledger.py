@@ -22,6 +22,12 @@ class Entry:
     poster_bytes: int = 0
     """The poster's accounting, where it applies: what this worker uploads in an exchange, 4 * (its partitioned + shared)."""
 
+    @property
+    def payload_bytes(self) -> tuple[int, int]:
+        """(sent, received), over all operations and purposes."""
+        entries = [entry for purposes in self.entries.values() for entry in purposes.values()]
+        return sum(entry.payload_sent_bytes for entry in entries), sum(entry.payload_received_bytes for entry in entries)
+
     def add(self, other: "Entry") -> None:
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)
@@ -41,6 +47,12 @@ class Ledger:
     def entry(self, operation: str, purpose: str) -> Entry:
         """The totals of one row; zeros where nothing was recorded."""
         return self.entries.get(operation, {}).get(purpose, Entry())
+
+    @property
+    def payload_bytes(self) -> tuple[int, int]:
+        """(sent, received), over all operations and purposes."""
+        entries = [entry for purposes in self.entries.values() for entry in purposes.values()]
+        return sum(entry.payload_sent_bytes for entry in entries), sum(entry.payload_received_bytes for entry in entries)
 
     def add(self, other: "Ledger") -> None:
         for operation, purposes in other.entries.items():

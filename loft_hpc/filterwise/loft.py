@@ -1,6 +1,7 @@
 """LoFT: rounds of local training on sub-networks, an exchange, and a fresh deal (AISTATS 2023, arXiv 2210.16169)."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,12 @@ from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES, full_layou
 from loft_hpc.filterwise.partition import check_workers, deal
 from loft_hpc.filterwise.subnetwork import SubNetwork
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.models.groups import PARTITION_RULES, State, filter_groups, partitioned_groups
+from loft_hpc.models.groups import PARTITION_RULES, State, everything, filter_groups, partitioned_groups
+from loft_hpc.models.scores import filter_scores
 from loft_hpc.runs.run import Checkpoint
+from loft_hpc.training.interval import passes
 from loft_hpc.training.settings import Optimisation
-from loft_hpc.training.strategy import Advance, Strategy, refuse_other_network
+from loft_hpc.training.strategy import Advance, Strategy, everybodys_scores, refuse_other_network
 from loft_hpc.training.trainer import Trainer
 
 MOMENTUM_RULES = ("reset", "carry")
@@ -36,8 +39,8 @@ class LoftSettings:
     exchange: str = "allgather"
     """How filters reach who trains them next: `allgather` (all to all ranks) or `alltoall` (each to that rank alone)."""
     average_every: int = 1
-    """Rounds between two averagings of the shared parameters. Where an epoch ends they are averaged as well, since the full network
-    is looked at there."""
+    """Rounds between two averagings of the shared parameters. Where an epoch ends or a snapshot is taken they are averaged as well,
+    since the full network is looked at there."""
     transport_dtype: str = "float32"
     """Type of what travels; float32 is kept at home."""
     shard_data: bool = False
@@ -58,9 +61,13 @@ class LoftSettings:
             raise LoftError(f"unknown transport type '{self.transport_dtype}': choose one of {', '.join(TRANSPORT_DTYPES)}", usage=True)
 
 
-def averages(settings: LoftSettings, number: int, begin: int, end: int, per_epoch: int, total: int) -> bool:
-    """Whether round `number` (from 1), from step `begin` to `end`, averages the shared parameters."""
-    return number % settings.average_every == 0 or end // per_epoch > begin // per_epoch or end == total
+def averages(settings: LoftSettings, number: int, begin: int, end: int, looks: Sequence[int], total: int) -> bool:
+    """Whether round `number` (from 1), from step `begin` to `end`, averages the shared parameters.
+
+    It does every `average_every` rounds, and wherever the full network is looked at: at multiples of `looks` (steps of an epoch, steps
+    between snapshots) and at the end.
+    """
+    return number % settings.average_every == 0 or any(passes(begin, end, every) for every in looks) or end == total
 
 
 class Loft(Strategy):
@@ -68,13 +75,15 @@ class Loft(Strategy):
 
     def __init__(
         self, architecture: Architecture, initial: State, settings: LoftSettings, optimisation: Optimisation, data: DataSet,
-        order: Order, total_steps: int, seed: int, precision: str, device: torch.device, world: World,
+        order: Order, total_steps: int, seed: int, precision: str, device: torch.device, world: World, snapshot_steps: int = 0,
     ):  # fmt: skip
         self.total_steps = total_steps
         self.steps_per_epoch = order.steps_per_epoch
         self.batch_images = order.batch_size
+        self._looks = (order.steps_per_epoch, snapshot_steps)
         self._settings, self._seed, self._order, self._data, self._world = settings, seed, order, data, world
-        self.groups = partitioned_groups(filter_groups(architecture), settings.partition)
+        self._all_groups = filter_groups(architecture)
+        self.groups = partitioned_groups(self._all_groups, settings.partition)
         check_workers(self.groups, world.size)
         self._names = list(initial)
         self._step, self._round = 0, 0
@@ -106,8 +115,8 @@ class Loft(Strategy):
             state |= views
         return {name: state[name] for name in self._names}
 
-    def advance(self) -> Advance:
-        """A round: local steps on this rank's sub-network, the exchange, and the next deal."""
+    def advance(self, limit: int | None = None) -> Advance:
+        """A round, wherever `limit` lies: local steps on this rank's sub-network, the exchange, and the next deal."""
         self._whole = None
         if not self._carry:
             self._trainer.reset_momentum()
@@ -115,7 +124,7 @@ class Loft(Strategy):
         losses = self._trainer.steps(self._data.train_batches(self._order, self._step, steps), self._step)
         mean_loss = float(losses) / steps
         start = time.perf_counter()
-        self._alike = averages(self._settings, self._round + 1, self._step, self._step + steps, self.steps_per_epoch, self.total_steps)
+        self._alike = averages(self._settings, self._round + 1, self._step, self._step + steps, self._looks, self.total_steps)
         self._step += steps
         self._round += 1
         following = deal(self.groups, self._world.size, self._seed, self._round)
@@ -130,6 +139,16 @@ class Loft(Strategy):
             merged = self._exchange.merge(self._deal)
             self._whole = {name: merged[name] for name in self._names}
         return dict(self._whole)
+
+    def filter_scores(self) -> dict[str, Tensor]:
+        if not self._alike:
+            raise RuntimeError("there are no scores of the full network before the shared parameters are averaged")
+        held = dict(self._deal[self._world.rank])
+        if self._world.rank == 0:  # answers for what everybody has
+            held = everything(self._all_groups) | held
+        mine = [group for group in self._all_groups if group.name in held]
+        state = self._sub.shared.views | self._sub.partitioned.views
+        return everybodys_scores(filter_scores(state, mine), held, self._all_groups, self._world)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
         tensors = {f"parameters/{name}": tensor for name, tensor in self.full_state().items()}

@@ -1,7 +1,7 @@
 """`loft commcost RUN`: the ledgers of real runs beside the closed formulas."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 from pathlib import Path
@@ -26,6 +26,7 @@ from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.pipeline.stages import cuts
 from loft_hpc.runs.run import Run
+from loft_hpc.training.interval import passes
 
 TRAINING = ("partitioned", "shared", "activation", "gradient", "merge")
 """Purposes that the formulas speak of; `control` holds what their sizes do not decide (objects, statistics of evaluations)."""
@@ -86,6 +87,7 @@ def run_cost(path: Path) -> RunCost:
     for ledger in ledgers:
         total.add(ledger)
     steps, per_epoch = (run.description.get(name) for name in ("total_steps", "steps_per_epoch"))
+    steps = run.description.get("results", {}).get("steps", steps)  # fewer, where it was stopped early
     if not isinstance(steps, int) or not isinstance(per_epoch, int):
         raise LoftError(f"{path / 'run.json'} does not say how many steps were made: restore it")
     workers = len(ledgers)
@@ -113,8 +115,9 @@ def _run_flows(run: Run, settings: PretrainSettings, workers: int, steps: int, p
         size = run.description["data"]["image_size"]
         crossing = crossing_elements(network, size, cuts(network, settings.pipeline.split, workers, size))
         yield from (flow.times(steps) for flow in pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches))
-        # at the start, and at the end of every epoch parameters and momentum
-        yield all_gather(parameters, FLOAT32_BYTES, workers, "merge").times(1 + 2 * math.ceil(steps / per_epoch))
+        # at the start, wherever the full network is looked at, and its momentum at the end of every epoch
+        looks = len(_full_looks(settings, range(steps + 1), steps, per_epoch))
+        yield all_gather(parameters, FLOAT32_BYTES, workers, "merge").times(1 + looks + math.ceil(steps / per_epoch))
     else:
         yield from _loft_run_flows(settings, network, workers, steps, per_epoch)
 
@@ -124,18 +127,24 @@ def _loft_run_flows(settings: PretrainSettings, network: Architecture, workers: 
     divided = division_of(network, loft.partition)
     yield broadcast(divided.partitioned, FLOAT32_BYTES, workers, "partitioned")
     yield broadcast(divided.shared, FLOAT32_BYTES, workers, "shared")
-    averaging = list(averaging_rounds(loft, steps, per_epoch))
+    averaging = list(averaging_rounds(loft, steps, (per_epoch, settings.snapshots.every.steps(per_epoch))))
     rounds = len(averaging)
     # an all-gather carries everything, whatever the deals
     moves = moved_parameters(settings, network, divided, workers, rounds) if loft.exchange == "alltoall" else repeat(None)
     for moved, average in zip(moves, averaging, strict=False):
         yield from exchange_flows(settings, divided, workers, moved, average)
     if loft.exchange == "alltoall" or loft.transport_dtype != "float32":
-        copies = 2 if loft.momentum_across_rounds == "carry" else 1
         ends = [min(number * loft.local_iterations, steps) for number in range(rounds + 1)]
-        # epochs end with the round in which they do, and the last one with the training
-        times = sum(later // per_epoch > earlier // per_epoch or later == steps for earlier, later in pairwise(ends))
-        yield all_gather(divided.partitioned, FLOAT32_BYTES, workers, "merge").times(times * copies)
+        times = len(_full_looks(settings, ends, steps, per_epoch))
+        if loft.momentum_across_rounds == "carry":
+            times += sum(passes(*around, per_epoch) or around[1] == steps for around in pairwise(ends))
+        yield all_gather(divided.partitioned, FLOAT32_BYTES, workers, "merge").times(times)
+
+
+def _full_looks(settings: PretrainSettings, points: Sequence[int], steps: int, per_epoch: int) -> list[int]:
+    """Of the `points` (steps at which a full network can be had), those after which it is: ends of epochs, full snapshots, the end."""
+    snapshot_steps = settings.snapshots.every.steps(per_epoch) if settings.snapshots.snapshot_tensors else 0
+    return [end for begin, end in pairwise(points) if passes(begin, end, per_epoch) or passes(begin, end, snapshot_steps) or end == steps]
 
 
 def moved_parameters(settings: PretrainSettings, network: Architecture, divided: Division, workers: int, rounds: int) -> Iterator[int]:

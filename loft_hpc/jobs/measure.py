@@ -8,19 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loft_hpc.analysis.distance import GroupDistance, network_distance
 from loft_hpc.analysis.latency import Latency, latencies
 from loft_hpc.analysis.size import Size, network_size
 from loft_hpc.comm.world import World
 from loft_hpc.data.registry import DataSettings, open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.pretrain import settings_of
-from loft_hpc.jobs.retrain import RetrainSettings, snapshot_epoch, ticket_data, ticket_evaluation
+from loft_hpc.jobs.retrain import RetrainSettings, ticket_data, ticket_evaluation
 from loft_hpc.jobs.settings import from_json
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.models.groups import filter_groups
 from loft_hpc.models.resnet import build
-from loft_hpc.runs.files import read_tensors
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.device import place
@@ -50,18 +47,6 @@ class Measured:
     dense: Size
     latency: Latency
     dense_latency: Latency
-
-
-@dataclass(frozen=True)
-class Distances:
-    """Filter distance of one ranking to another, group by group."""
-
-    label: str
-    groups: list[GroupDistance]
-
-    @property
-    def mean_normalised(self) -> float:
-        return sum(group.normalised for group in self.groups) / len(self.groups)
 
 
 def open_subject(path: Path) -> Subject:
@@ -109,29 +94,3 @@ def _latencies(
     device = next(network.parameters()).device
     dense = build(architecture, seed=0).to(device, memory_format=torch.channels_last).eval()
     return latencies([network, dense], image, batch_size, repetitions)
-
-
-def distances(path: Path, reference: str, norm: str) -> list[Distances]:
-    """Filter distance of a run's rankings to `reference`.
-
-    `final`: every snapshot of the run against its final network. `init`, `epoch:K`, another run, or a snapshot file: the run's final
-    network against that.
-    """
-    subject = open_subject(path)
-    groups = filter_groups(subject.architecture)
-    if reference == "final":
-        run = Run.open(path)
-        if not run.snapshot_epochs():
-            raise LoftError(f"{path} has no snapshots to compare with its final network")
-        snapshots = {f"epoch {epoch}": run.read_snapshot(epoch) for epoch in run.snapshot_epochs()}
-        return [Distances(label, network_distance(state, subject.state, groups, norm)) for label, state in snapshots.items()]
-    other = _reference_state(path, reference)
-    return [Distances(f"final to {reference}", network_distance(subject.state, other, groups, norm))]
-
-
-def _reference_state(path: Path, reference: str) -> dict[str, Tensor]:
-    if reference == "init" or reference.startswith("epoch:"):
-        return Run.open(path).read_snapshot(snapshot_epoch(reference, "--distance-to"))
-    if reference.endswith(".safetensors"):
-        return read_tensors(Path(reference))
-    return open_subject(Path(reference)).state

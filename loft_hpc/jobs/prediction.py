@@ -75,7 +75,7 @@ def _loft_case(settings: PretrainSettings, shape: DataShape, network: Architectu
     total = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * steps
     divided = division_of(network, settings.loft.partition)
     both, partitioned = (exchange_flows(settings, divided, workers, average=average) for average in (True, False))
-    averaging = list(averaging_rounds(settings.loft, total, steps))
+    averaging = list(averaging_rounds(settings.loft, total, (steps, settings.snapshots.every.steps(steps))))
     rounds, averaged = len(averaging), sum(averaging)
     flows = [flow.times(averaged) for flow in both] + [flow.times(rounds - averaged) for flow in partitioned]
     seconds = None
@@ -128,11 +128,11 @@ def exchange_flows(
     return loft_round(divided, workers, loft.exchange, element_bytes, 2 if loft.momentum_across_rounds == "carry" else 1, moved, average)
 
 
-def averaging_rounds(settings: LoftSettings, total_steps: int, per_epoch: int) -> Iterator[bool]:
-    """Of every round of a training, whether it averages the shared parameters."""
+def averaging_rounds(settings: LoftSettings, total_steps: int, looks: Sequence[int]) -> Iterator[bool]:
+    """Of every round of a training, whether it averages the shared parameters; `looks` as for `averages`."""
     ends = [*range(0, total_steps, settings.local_iterations), total_steps]
     for number, (begin, end) in enumerate(pairwise(ends), start=1):
-        yield averages(settings, number, begin, end, per_epoch, total_steps)
+        yield averages(settings, number, begin, end, looks, total_steps)
 
 
 division_of = cache(division)

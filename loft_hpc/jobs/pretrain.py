@@ -9,6 +9,7 @@ from loft_hpc.comm.world import World
 from loft_hpc.data.order import Order
 from loft_hpc.data.registry import DataSettings
 from loft_hpc.errors import LoftError
+from loft_hpc.filterwise.emergence import Stopping
 from loft_hpc.filterwise.loft import Loft, LoftSettings
 from loft_hpc.jobs.settings import from_json
 from loft_hpc.jobs.training_run import destination, prepare, train_into
@@ -18,7 +19,7 @@ from loft_hpc.pipeline.gpipe import GPipe, PipelineSettings
 from loft_hpc.runs.run import Run
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.session import Outcome, Watcher
-from loft_hpc.training.settings import Computation, Evaluation, Optimisation
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
 from loft_hpc.training.strategy import Strategy
 
 STRATEGIES = ("loft", "data-parallel", "gpipe")
@@ -39,22 +40,24 @@ class PretrainSettings:
     batch_size: int = 64
     """Images per step: of each worker under `loft`, of all ranks together under `data-parallel` and `gpipe`."""
     seed: int = 0
-    snapshot_every: int = 1
-    """Epochs between full snapshots; 0 keeps the first and the last alone."""
     data: DataSettings = field(default_factory=DataSettings)
     loft: LoftSettings = field(default_factory=LoftSettings)
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     optimisation: Optimisation = field(default_factory=Optimisation)
     evaluation: Evaluation = field(default_factory=Evaluation)
     computation: Computation = field(default_factory=Computation)
+    snapshots: Snapshots = field(default_factory=Snapshots)
+    stopping: Stopping = field(default_factory=Stopping)
 
     def __post_init__(self):
         if self.strategy not in STRATEGIES:
             raise LoftError(f"unknown strategy '{self.strategy}': choose one of {', '.join(STRATEGIES)}", usage=True)
         if self.epochs < 1 or (self.rounds is not None and self.rounds < 1) or self.batch_size < 1:
             raise LoftError("--epochs, --rounds and --batch-size must be at least 1", usage=True)
-        if self.seed < 0 or self.snapshot_every < 0:
-            raise LoftError("--seed and --snapshot-every must be 0 or more", usage=True)
+        if self.seed < 0:
+            raise LoftError("--seed must be 0 or more", usage=True)
+        if self.stopping.stop_when_stable and not self.snapshots.every.count:
+            raise LoftError("--stop-when-stable compares snapshots: give --snapshot-every an interval, for instance 1ep", usage=True)
         if self.rounds is not None and self.strategy != "loft":
             raise LoftError(f"--rounds counts LoFT's rounds: use --epochs with --strategy {self.strategy}", usage=True)
         if self.strategy == "gpipe":
@@ -79,9 +82,10 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     initial = {name: tensor.detach() for name, tensor in build(network, seed=seeds.derive(settings.seed, "init")).named_parameters()}
     parameters = sum(tensor.numel() for tensor in initial.values())
     common = (settings.optimisation, workplace.data, order, total_steps)
+    snapshot_steps = settings.snapshots.every.steps(order.steps_per_epoch)
     strategy: Strategy
     if settings.strategy == "loft":
-        strategy = Loft(network, initial, settings.loft, *common, settings.seed, precision, device, world)
+        strategy = Loft(network, initial, settings.loft, *common, settings.seed, precision, device, world, snapshot_steps)
         divided = division(network, settings.loft.partition)
         details = {"parameters": parameters, "partitioned_parameters": divided.partitioned, "shared_parameters": divided.shared}
     elif settings.strategy == "gpipe":
@@ -90,7 +94,8 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     else:
         strategy = DataParallel(network, None, initial, *common, precision, device, world)
         details = {"parameters": parameters}
-    return where.path, train_into(where, "pretrain", strategy, settings, network, None, details, order, workplace, world, watcher)
+    outcome = train_into(where, "pretrain", strategy, settings, network, None, details, order, workplace, world, watcher, settings.stopping)
+    return where.path, outcome
 
 
 def _order(settings: PretrainSettings, train_images: int, world: World) -> Order:

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from loft_hpc.analysis.size import Size, network_size
 from loft_hpc.comm.world import World
 from loft_hpc.data.registry import open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.pretrain import settings_of
+from loft_hpc.jobs.retrain import snapshot_name
 from loft_hpc.jobs.settings import to_json
 from loft_hpc.models.groups import FilterGroup, everything, filter_groups, slice_state
 from loft_hpc.runs.run import Run
@@ -18,6 +21,7 @@ from loft_hpc.training.device import place
 from loft_hpc.training.evaluation import Score, judge, network_for
 
 BLOCK_CHOICES = ("all", "release")
+FINAL = "final"
 
 
 @dataclass(frozen=True)
@@ -38,22 +42,19 @@ def prunable_groups(groups: Sequence[FilterGroup], blocks: str) -> list[FilterGr
     return [group for group in groups if not group.name.endswith(".0")]
 
 
-def prune(
-    path: Path, prunings: Sequence[Pruning], blocks: str, name: str | None, data_dir: str | None, device: str, world: World
-) -> list[Pruned]:
-    """Make a ticket for each pruning, from the run's final network. Collective. Nothing is written if one name is taken already."""
-    if name and len(prunings) > 1:
-        raise LoftError("--name names one ticket: give one --ratio with it", usage=True)
-    run = Run.open(path)
-    settings = settings_of(run)
-    architecture, state = run.architecture, run.read_model()
-    chosen_device, _ = place(device, "float32", world)
-    network_for(architecture, None, state, chosen_device, str(run.model_path))
-    data = open_data(settings.data.at(data_dir), chosen_device, world)
-    groups = filter_groups(architecture)
-    pruned_groups = prunable_groups(groups, blocks)
-    dense = network_size(architecture, None, data.info.image_size)
+def draw_tickets(run: Run, prunings: Sequence[Pruning], blocks: str, at: str, name: str | None = None) -> list[Ticket]:
+    """A ticket for each pruning, in memory: of the run's `final` network, or of a snapshot (`init`, `epoch:K`, `step:K`).
 
+    Raises LoftError where the run has no such network, or where it does not fit the run's description.
+    """
+    settings, architecture, groups = settings_of(run), run.architecture, filter_groups(run.architecture)
+    if at == FINAL:
+        file, state = run.model_path, run.read_model()
+    else:
+        snapshot = snapshot_name(at, "--at")
+        file, state = run.snapshot_path(snapshot), run.read_snapshot(snapshot)
+    network_for(architecture, None, state, torch.device("cpu"), str(file))
+    pruned_groups = prunable_groups(groups, blocks)
     tickets = []
     for pruning in prunings:
         kept = FINDERS[pruning.method](state, pruned_groups, pruning)
@@ -62,13 +63,28 @@ def prune(
             **asdict(pruning),
             "blocks": blocks,
             "run": run.path.name,
-            "drawn_from": "model.safetensors",
+            "drawn_from": str(file.relative_to(run.path)),
             "data": to_json(settings.data),
             "evaluation": to_json(settings.evaluation),
             "seed_of_run": settings.seed,
         }
-        folder = run.path / "tickets" / (name or ticket_name(pruning, blocks))
+        folder = run.path / "tickets" / (name or ticket_name(pruning, blocks, at))
         tickets.append(Ticket(folder, architecture, selection, slice_state(state, selection, groups), provenance))
+    return tickets
+
+
+def prune(
+    path: Path, prunings: Sequence[Pruning], blocks: str, at: str, name: str | None, data_dir: str | None, device: str, world: World
+) -> list[Pruned]:
+    """Make a ticket for each pruning, of the network that `at` names. Collective. Nothing is written if one name is taken already."""
+    if name and len(prunings) > 1:
+        raise LoftError("--name names one ticket: give one --ratio with it", usage=True)
+    run = Run.open(path)
+    settings, architecture = settings_of(run), run.architecture
+    tickets = draw_tickets(run, prunings, blocks, at, name)
+    chosen_device, _ = place(device, "float32", world)
+    data = open_data(settings.data.at(data_dir), chosen_device, world)
+    dense = network_size(architecture, None, data.info.image_size)
     world.on_root(lambda: [refuse_existing(ticket.path) for ticket in tickets])
     world.on_root(lambda: [ticket.write() for ticket in tickets])
     results = []
@@ -79,12 +95,12 @@ def prune(
     return results
 
 
-def ticket_name(pruning: Pruning, blocks: str) -> str:
-    """METHOD-DETAILS-RATIO, for instance magnitude-l2-0.8, magnitude-l1-global-0.5 or random-seed3-0.8."""
+def ticket_name(pruning: Pruning, blocks: str, at: str) -> str:
+    """METHOD-DETAILS-RATIO, for instance magnitude-l2-0.8, magnitude-l1-global-0.5, random-seed3-0.8 or magnitude-l2-0.8-epoch-3."""
     details = [pruning.method]
     details.append(f"seed{pruning.seed}" if pruning.method == "random" else pruning.criterion)
     if pruning.scope != "layer":
         details.append(pruning.scope)
     if blocks != "all":
         details.append(blocks)
-    return "-".join([*details, f"{pruning.ratio:g}"])
+    return "-".join([*details, f"{pruning.ratio:g}", *([] if at == FINAL else [at.replace(":", "-")])])

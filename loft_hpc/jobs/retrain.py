@@ -17,7 +17,7 @@ from loft_hpc.runs.run import Run
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.session import Outcome, Watcher
-from loft_hpc.training.settings import Computation, Evaluation, Optimisation
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
 
 LEARNING_RATE = 0.03
 """Default at the start of retraining: the weights are trained already (docs/results.md compares 0.1, 0.05 and 0.03 on digits)."""
@@ -33,27 +33,27 @@ class RetrainSettings:
     batch_size: int = 128
     """Images per step of all ranks together: every rank normalises by its own part, which should not become tiny."""
     seed: int = 0
-    snapshot_every: int = 0
     data: DataSettings = field(default_factory=DataSettings)
     optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=LEARNING_RATE))
     evaluation: Evaluation = field(default_factory=Evaluation)
     computation: Computation = field(default_factory=Computation)
+    snapshots: Snapshots = field(default_factory=lambda: Snapshots(snapshot_every="0"))
 
     def __post_init__(self):
         if self.rewind != "none":
-            snapshot_epoch(self.rewind, "--rewind")
+            snapshot_name(self.rewind, "--rewind")
         if self.epochs < 1 or self.batch_size < 1:
             raise LoftError("--epochs and --batch-size must be at least 1", usage=True)
-        if self.seed < 0 or self.snapshot_every < 0:
-            raise LoftError("--seed and --snapshot-every must be 0 or more", usage=True)
+        if self.seed < 0:
+            raise LoftError("--seed must be 0 or more", usage=True)
 
 
-def snapshot_epoch(name: str, option: str) -> int:
-    """The pretraining epoch that `init` (0) or `epoch:K` names. Raises LoftError, naming the option, for anything else."""
-    match = re.fullmatch(r"init|epoch:(\d{1,6})", name)
+def snapshot_name(point: str, option: str) -> str:
+    """The snapshot that `init`, `epoch:K` or `step:K` means. Raises LoftError, naming the option, for anything else."""
+    match = re.fullmatch(r"init|(epoch|step):(\d{1,9})", point)
     if not match:
-        raise LoftError(f"{option} {name} is not known: epochs are named init or epoch:K with a whole number K", usage=True)
-    return int(match[1] or 0)
+        raise LoftError(f"{option} {point} is not known: snapshots are named init, epoch:K or step:K with a whole number K", usage=True)
+    return f"step-{int(match[2]):06d}" if match[1] == "step" else f"epoch-{int(match[2] or 0):03d}"
 
 
 def starting_weights(ticket: Ticket, rewind: str) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def starting_weights(ticket: Ticket, rewind: str) -> dict[str, Tensor]:
         raise LoftError(
             f"{ticket.path} does not lie in its run any more (RUN/tickets/NAME), so there is nothing to rewind to: move it back"
         )
-    return ticket.slice(Run.open(ticket.run_path).read_snapshot(snapshot_epoch(rewind, "--rewind")))
+    return ticket.slice(Run.open(ticket.run_path).read_snapshot(snapshot_name(rewind, "--rewind")))
 
 
 def ticket_data(ticket: Ticket) -> DataSettings:

@@ -12,13 +12,14 @@ from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
 from loft_hpc.data.registry import DataSettings, open_data
 from loft_hpc.errors import LoftError
+from loft_hpc.filterwise.emergence import Emergence, Stopping
 from loft_hpc.jobs.settings import to_json
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.runs.run import Checkpoint, Run, claim_default_path
 from loft_hpc.training.device import Placement, place
 from loft_hpc.training.evaluation import Score
 from loft_hpc.training.session import Outcome, Session, Watcher
-from loft_hpc.training.settings import Computation, Evaluation, Optimisation
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
 from loft_hpc.training.strategy import Strategy
 
 
@@ -28,7 +29,7 @@ class TrainingSettings(Protocol):
     epochs: int
     batch_size: int
     seed: int
-    snapshot_every: int
+    snapshots: Snapshots
     data: DataSettings
     optimisation: Optimisation
     evaluation: Evaluation
@@ -66,7 +67,8 @@ class Destination:
         try:
             results, images = self.earlier.description["results"], self.earlier.description["data"]["test_images"]
             score = Score(round(results["accuracy"] * images), images, results["test_loss"])
-            return Outcome(score, results["wall_seconds"])
+            steps = results.get("steps", self.earlier.description["total_steps"])
+            return Outcome(score, results["wall_seconds"], steps, results.get("stopped_early", False))
         except (KeyError, TypeError) as problem:
             raise LoftError(f"{self.path / 'run.json'} says done, but not with what ({problem}): restore it") from None
 
@@ -98,9 +100,12 @@ def _newest_checkpoint(run: Run, workplace: Workplace, world: World) -> Checkpoi
 def train_into(
     where: Destination, kind: str, strategy: Strategy, settings: TrainingSettings, architecture: Architecture,
     hidden_widths: Mapping[str, int] | None, details: Mapping[str, Any], order: Order, workplace: Workplace, world: World,
-    watcher: Watcher,
+    watcher: Watcher, stopping: Stopping | None = None,
 ) -> Outcome:  # fmt: skip
-    """Train to the end and leave a complete run. Collective. A run that is gone on with starts from its newest checkpoint."""
+    """Train to the end and leave a complete run. Collective. A run that is gone on with starts from its newest checkpoint.
+
+    With `stopping`, the filters' rankings are followed, and the training may end when they stand still.
+    """
     checkpoint = _newest_checkpoint(where.earlier, workplace, world) if where.earlier else None
     description = {
         "architecture": architecture.to_json(),
@@ -113,8 +118,13 @@ def train_into(
         **details,
     }
     run = world.on_root(lambda: Run.create_or_resume(where.path, where.earlier is not None, kind, to_json(settings), description))
+    observer = None
+    if stopping:
+        # what was seen before the checkpoint; rank 0 alone observes
+        seen = [step for step in run.score_steps() if checkpoint and step <= checkpoint.step] if world.rank == 0 else []
+        observer = Emergence(stopping, map(run.read_scores, seen))
     session = Session(
-        strategy, architecture, hidden_widths, workplace.data, settings.optimisation, settings.evaluation, settings.snapshot_every,
-        run, world, workplace.device, watcher,
+        strategy, architecture, hidden_widths, workplace.data, settings.optimisation, settings.evaluation, settings.snapshots,
+        run, world, workplace.device, watcher, observer,
     )  # fmt: skip
     return session.run(checkpoint)

@@ -42,6 +42,11 @@ class FilterGroup:
         """Name of the weight whose dimension 0 are the filters themselves, (width, C_in, 3, 3): what rankings look at."""
         return f"{self.name}.conv1.weight"
 
+    @property
+    def scale(self) -> str:
+        """Name of the (width,) weight by which normalisation scales the hidden filters."""
+        return next(name for name, dimension in self.members if name.endswith(".weight") and name != self.filters and dimension == 0)
+
 
 class Holding(NamedTuple):
     """A state that holds only the filters of `selection` (all other entries of the state are whole)."""

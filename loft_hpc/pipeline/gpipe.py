@@ -12,13 +12,15 @@ from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import Architecture
+from loft_hpc.models.groups import everything, filter_groups
+from loft_hpc.models.scores import filter_scores
 from loft_hpc.pipeline.pipeline import Pipeline
 from loft_hpc.pipeline.stages import Stage, check_split, cuts, parts
 from loft_hpc.runs.run import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.settings import Optimisation
-from loft_hpc.training.strategy import Advance, Strategy, refuse_other_network
+from loft_hpc.training.strategy import Advance, Strategy, everybodys_scores, refuse_other_network
 from loft_hpc.training.trainer import FlatSGD, stop_statistics
 
 STRETCH_STEPS = 8
@@ -55,7 +57,7 @@ class PipelineSettings:
 
 
 class GPipe(Strategy):
-    """One rank's stage of the pipeline; `advance` is a few steps, never past the end of an epoch.
+    """One rank's stage of the pipeline; `advance` is a few steps.
 
     Every step equals that of a single process which accumulates gradients over the same micro-batches, to the last bit where the two
     use the same kernels. `order` is the same on all ranks: the first stage sees the images, the last one the labels.
@@ -73,6 +75,7 @@ class GPipe(Strategy):
         self.cuts = cuts(architecture, settings.split, world.size, data.info.image_size)
         self._parts = parts(architecture, self.cuts)
         self._part = self._parts[world.rank]
+        self._groups = filter_groups(architecture)
         shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
         self._layouts = [part.parameters(shapes, architecture) for part in self._parts]
         self._names = list(initial)
@@ -92,9 +95,9 @@ class GPipe(Strategy):
         self._step = 0
         self._whole: dict[str, Tensor] | None = None
 
-    def advance(self) -> Advance:
+    def advance(self, limit: int | None = None) -> Advance:
         self._whole = None
-        steps = min(STRETCH_STEPS, self.steps_per_epoch - self._step % self.steps_per_epoch, self.total_steps - self._step)
+        steps = min(STRETCH_STEPS, (limit or self.total_steps) - self._step, self.total_steps - self._step)
         waited, losses = self._pipeline.waiting_seconds, torch.zeros((), device=self._device)
         for number, (images, labels) in enumerate(self._batches(steps), start=self._step):
             self._sgd.zero_gradients()
@@ -121,6 +124,9 @@ class GPipe(Strategy):
         if self._whole is None:
             self._whole = self._gather(self._buffer.values)
         return dict(self._whole)
+
+    def filter_scores(self) -> dict[str, Tensor]:
+        return everybodys_scores(filter_scores(self._buffer.views, self._groups), everything(self._groups), self._groups, self._world)
 
     def _gather(self, mine: Tensor) -> dict[str, Tensor]:
         """All stages' parameters (or momentum), by name."""

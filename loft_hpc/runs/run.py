@@ -24,6 +24,7 @@ from loft_hpc.models.architecture import Architecture
 from loft_hpc.runs.files import publish_folder, read_json, read_tensors, write_atomically, write_json, write_tensors
 
 KEPT_CHECKPOINTS = 2
+_SCORES = "scores-"
 _PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
 
 
@@ -142,20 +143,51 @@ class Run:
             raise LoftError(f"{self.path} has no final model (status: {self.description.get('status')}): finish it with --resume first")
         return read_tensors(self.model_path)
 
-    def snapshot_path(self, epoch: int) -> Path:
-        return self.path / "snapshots" / f"epoch-{epoch:03d}.safetensors"
+    @property
+    def _snapshots(self) -> Path:
+        return self.path / "snapshots"
 
-    def write_snapshot(self, epoch: int, state: Mapping[str, Tensor]) -> None:
-        write_tensors(self.snapshot_path(epoch), state)
+    def snapshot_path(self, name: str) -> Path:
+        return self._snapshots / f"{name}.safetensors"
 
-    def read_snapshot(self, epoch: int) -> dict[str, Tensor]:
-        if not self.snapshot_path(epoch).exists():
-            there = ", ".join(str(number) for number in self.snapshot_epochs()) or "none"
-            raise LoftError(f"{self.path} has no snapshot of epoch {epoch}: there are {there}")
-        return read_tensors(self.snapshot_path(epoch))
+    def write_snapshot(self, name: str, state: Mapping[str, Tensor]) -> None:
+        write_tensors(self.snapshot_path(name), state)
 
-    def snapshot_epochs(self) -> list[int]:
-        return sorted(int(file.stem.removeprefix("epoch-")) for file in (self.path / "snapshots").glob("epoch-*.safetensors"))
+    def read_snapshot(self, name: str) -> dict[str, Tensor]:
+        """The full network of a snapshot, for instance `epoch-003`. Raises LoftError where there is none."""
+        if not self.snapshot_path(name).exists():
+            there = ", ".join(point_of(other) for other in self.snapshot_names()) or "none"
+            raise LoftError(f"{self.path} has no snapshot {point_of(name)} with the full network: there are {there}")
+        return read_tensors(self.snapshot_path(name))
+
+    def snapshot_names(self) -> list[str]:
+        """Of the snapshots that hold the full network, in the order in which they were taken."""
+        found = [file.stem for file in self._snapshots.glob("*.safetensors") if file.stem.startswith(("epoch-", "step-"))]
+        return sorted(found, key=self.snapshot_step)
+
+    def snapshot_step(self, name: str) -> int:
+        """The step after which a snapshot was taken; that of a LoFT epoch's end up to a round earlier than it was."""
+        unit, number = name.split("-")
+        last = self.description.get("results", {}).get("steps", self.description["total_steps"])
+        return int(number) if unit == "step" else min(int(number) * self.description["steps_per_epoch"], last)
+
+    def write_scores(self, step: int, scores: Mapping[str, Tensor]) -> None:
+        write_tensors(self._snapshots / f"{_SCORES}{step:06d}.safetensors", scores)
+
+    def read_scores(self, step: int) -> dict[str, Tensor]:
+        return read_tensors(self._snapshots / f"{_SCORES}{step:06d}.safetensors")
+
+    def score_steps(self) -> list[int]:
+        """The steps after which the filters' scores were recorded."""
+        names = [file.stem.removeprefix(_SCORES) for file in self._snapshots.glob(f"{_SCORES}*.safetensors")]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def sweep_path(self, name: str) -> Path:
+        return self.path / "sweeps" / name / "sweep.json"
+
+    def write_sweep(self, name: str, fields: Mapping[str, Any]) -> None:
+        """How the tickets of a sweep are retrained."""
+        write_json(self.sweep_path(name), fields)
 
     # -- logs -------------------------------------------------------------------------------------------------------------
 
@@ -164,8 +196,18 @@ class Run:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"event": event, **fields}) + "\n")
 
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl about one kind of event, whole ones alone."""
+        log = self.path / "metrics.jsonl"
+        lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
+        found = [json.loads(line) for line in lines if _step_of(line) < math.inf]
+        return [event for event in found if event.get("event") == kind]
+
     def forget_after(self, step: int) -> None:
-        """Drop from metrics.jsonl what happened after `step`, which a resumed run does again."""
+        """Drop what was recorded after `step`, which a resumed run does again: lines of metrics.jsonl, and scores."""
+        for later in self.score_steps():
+            if later > step:
+                (self._snapshots / f"{_SCORES}{later:06d}.safetensors").unlink()
         log = self.path / "metrics.jsonl"
         if log.exists():
             kept = [line for line in log.read_text(errors="replace").splitlines(keepends=True) if _step_of(line) <= step]
@@ -234,6 +276,12 @@ class Run:
     def _checkpoints(self) -> list[Path]:
         found = [folder for folder in (self.path / "checkpoints").glob("*") if folder.name.isdigit() and folder.is_dir()]
         return sorted(found, key=lambda folder: int(folder.name))
+
+
+def point_of(snapshot: str) -> str:
+    """A snapshot's name as commands take it: epoch:3 for epoch-003."""
+    unit, number = snapshot.split("-")
+    return f"{unit}:{int(number)}"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from loft_hpc import seeds
-from loft_hpc.analysis.distance import NORMS, filter_norms
 from loft_hpc.errors import LoftError
 from loft_hpc.models.groups import FilterGroup, Selection, State
+from loft_hpc.models.scores import NORMS, filter_norms, removed_count
 
 SCOPES = ("layer", "global")
 
@@ -46,18 +46,13 @@ class Pruning:
             raise LoftError(f"--seed {self.seed} must be 0 or more", usage=True)
 
 
-def removed_count(filters: int, ratio: float) -> int:
-    """Filters to remove out of `filters`: the ratio rounded down to whole filters, so never all of them."""
-    return math.floor(round(ratio * filters, 9))  # 0.29 * 100 is 28.999999999999996
-
-
 def magnitude(state: State, groups: Sequence[FilterGroup], pruning: Pruning) -> Selection:
     """Keep the filters with the largest norm (Li et al. 2017, arXiv 1608.08710); among equal norms the lower index.
 
     In the global scope a norm is divided by what it would be for as many weights of size 1 (l2: the root of their number, l1: their
     number), so that groups with larger filters have no head start; groups at their floor keep what they have left.
     """
-    norms = {group.name: filter_norms(state[group.filters], pruning.criterion) for group in groups}
+    norms = {group.name: filter_norms(state[group.filters], pruning.criterion).double().numpy() for group in groups}
     if pruning.scope == "layer":
         return {group.name: _largest(norms[group.name], group.width - removed_count(group.width, pruning.ratio)) for group in groups}
     scores = {group.name: norms[group.name] / state[group.filters][0].numel() ** (1 / NORMS[pruning.criterion]) for group in groups}

@@ -10,6 +10,8 @@ from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
 from loft_hpc.models.architecture import Architecture
+from loft_hpc.models.groups import filter_groups
+from loft_hpc.models.scores import filter_scores
 from loft_hpc.runs.run import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
@@ -21,7 +23,7 @@ STRETCH_STEPS = 8
 
 
 class DataParallel(Strategy):
-    """One rank's side; `advance` is a few steps, never past the end of an epoch.
+    """One rank's side; `advance` is a few steps.
 
     The gradient is that of the mean loss over the global batch, however unevenly the ranks share it. Normalisation uses the
     statistics of a rank's part of the batch, as is usual.
@@ -35,6 +37,7 @@ class DataParallel(Strategy):
         self.steps_per_epoch = order.steps_per_epoch
         self.batch_images = len(order.indices(0))
         self._order, self._data, self._world = order, data, world
+        self._groups = filter_groups(architecture)
         network = network_for(architecture, hidden_widths, initial, device, "the initial state")
         self._buffer = ParameterBuffer(dict(network.named_parameters()))
         self._trainer = Trainer(network, (self._buffer,), optimisation, total_steps, precision)
@@ -42,8 +45,8 @@ class DataParallel(Strategy):
         self._exchange_seconds = 0.0
         world.broadcast_(self._buffer.values, "shared")()
 
-    def advance(self) -> Advance:
-        steps = min(STRETCH_STEPS, self.steps_per_epoch - self._step % self.steps_per_epoch, self.total_steps - self._step)
+    def advance(self, limit: int | None = None) -> Advance:
+        steps = min(STRETCH_STEPS, (limit or self.total_steps) - self._step, self.total_steps - self._step)
         self._exchange_seconds = 0.0
         losses = self._trainer.steps(
             self._data.train_batches(self._order, self._step, steps),
@@ -62,6 +65,9 @@ class DataParallel(Strategy):
 
     def full_state(self) -> dict[str, Tensor]:
         return {name: view.clone() for name, view in self._buffer.views.items()}
+
+    def filter_scores(self) -> dict[str, Tensor]:
+        return filter_scores(self._buffer.views, self._groups)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
         momentum = self._buffer.layout.views(self._buffer.momentum)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import Architecture
+from loft_hpc.models.scores import Scores
 from loft_hpc.runs.run import Checkpoint, Run
 from loft_hpc.training.evaluation import Score, judge, network_for
-from loft_hpc.training.settings import Evaluation, Optimisation
-from loft_hpc.training.strategy import Strategy
+from loft_hpc.training.interval import next_multiple, passes
+from loft_hpc.training.settings import Evaluation, Optimisation, Snapshots
+from loft_hpc.training.strategy import Advance, Strategy
 
 
 class Watcher(Protocol):
@@ -28,7 +30,9 @@ class Watcher(Protocol):
 
     def advanced(self, step: int, loss: float) -> None: ...
 
-    def epoch_ended(self, epoch: int, epochs: int, loss: float, score: Score | None, seconds: float) -> None: ...
+    def epoch_ended(self, epoch: int, epochs: int, loss: float, score: Score | None, distance: float | None, seconds: float) -> None: ...
+
+    def stopped(self, epoch: float, epochs: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,29 @@ class Outcome:
     score: Score
     wall_seconds: float
     """Of the training with its evaluations, over all legs of a run that was interrupted."""
+    steps: int
+    """Local steps done: fewer than planned where the training was ended early."""
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an observer makes of a snapshot."""
+
+    fields: Mapping[str, Any]
+    """For the log; empty for a first snapshot, which there is nothing to compare with."""
+    distance: float | None
+    """Normalised filter distance to the snapshot before, meaned over the groups."""
+    stop: bool
+    """Whether the training may end here."""
+
+
+class Observer(Protocol):
+    """Follows the rankings of the filters from snapshot to snapshot; on rank 0 alone."""
+
+    def see(self, scores: Scores) -> Observation:
+        """The next snapshot's scores."""
+        ...
 
 
 class _Clock:
@@ -54,18 +81,39 @@ class _Clock:
         return time.perf_counter() - self._start
 
 
+class _Stretch:
+    """What happened since the last epoch ended."""
+
+    def __init__(self, first_step: int, began_seconds: float):
+        self.first_step, self.began_seconds = first_step, began_seconds
+        self.steps, self.exchange_seconds, self._losses = 0, 0.0, 0.0
+
+    def add(self, done: Advance, steps: int) -> None:
+        self.steps += steps
+        self._losses += done.mean_loss * steps
+        self.exchange_seconds += done.exchange_seconds
+
+    @property
+    def mean_loss(self) -> float:
+        return self._losses / self.steps
+
+
 class Session:
     """Runs a strategy to its end and leaves a complete run on disk, written by rank 0 alone."""
 
     def __init__(
         self, strategy: Strategy, architecture: Architecture, hidden_widths: Mapping[str, int] | None, data: DataSet,
-        optimisation: Optimisation, evaluation: Evaluation, snapshot_every: int, run: Run, world: World,
-        device: torch.device, watcher: Watcher,
+        optimisation: Optimisation, evaluation: Evaluation, snapshots: Snapshots, run: Run, world: World,
+        device: torch.device, watcher: Watcher, observer: Observer | None = None,
     ):  # fmt: skip
         self._strategy, self._data, self._world, self._watcher = strategy, data, world, watcher
         self._run = run if world.rank == 0 else None
         self._path = run.path
-        self._optimisation, self._evaluation, self._snapshot_every = optimisation, evaluation, snapshot_every
+        self._optimisation, self._evaluation = optimisation, evaluation
+        self._full_snapshots, self._interval = snapshots.snapshot_tensors, snapshots.every
+        self._snapshot_steps = snapshots.every.steps(strategy.steps_per_epoch)
+        self._watched, self._observer = observer is not None, observer
+        self._distance: float | None = None
         # One full network for evaluations, filled anew each time.
         self._network = network_for(architecture, hidden_widths, strategy.full_state(), device, "the initial state")
         self._step = 0
@@ -81,7 +129,8 @@ class Session:
             outcome = self._train()
         if self._run:
             score = outcome.score
-            self._run.finish("done", {"accuracy": score.accuracy, "test_loss": score.loss, "wall_seconds": outcome.wall_seconds})
+            results = {"accuracy": score.accuracy, "test_loss": score.loss, "wall_seconds": outcome.wall_seconds}
+            self._run.finish("done", results | {"steps": outcome.steps, "stopped_early": outcome.stopped_early})
         self._world.barrier()
         return outcome
 
@@ -94,63 +143,89 @@ class Session:
         self._clock.start_at(float(checkpoint.progress.get("wall_seconds", 0)))
 
     def _train(self) -> Outcome:
-        strategy, total = self._strategy, self._strategy.total_steps
-        per_epoch = strategy.steps_per_epoch
-        epochs = math.ceil(total / per_epoch)
-        watch = self._clock
+        strategy, total, per_epoch = self._strategy, self._strategy.total_steps, self._strategy.steps_per_epoch
+        epochs, watch = math.ceil(total / per_epoch), self._clock
         self._watcher.started(str(self._path), total, self._step)
-        if self._step == 0 and self._run:
-            self._run.write_snapshot(0, strategy.full_state())
-        score, losses, exchange_seconds, begun, epoch_step = None, 0.0, 0.0, watch.seconds, self._step
-        epoch_end = (self._step // per_epoch + 1) * per_epoch
-        while self._step < total:
-            done = strategy.advance()
-            losses += done.mean_loss * (done.step - self._step)
-            exchange_seconds += done.exchange_seconds
+        if self._step == 0:
+            self._snapshot(last=False)
+        score, stop, stretch = None, False, _Stretch(self._step, watch.seconds)
+        while self._step < total and not stop:
+            begin = self._step
+            done = strategy.advance(min(total, *(next_multiple(begin, every) for every in (per_epoch, self._snapshot_steps) if every)))
             self._step = done.step
+            stretch.add(done, done.step - begin)
             self._watcher.advanced(done.step, done.mean_loss)
             if done.rounds is not None:
                 self._log("round", round=done.rounds, step=done.step, loss=done.mean_loss, exchange_seconds=done.exchange_seconds)
-            if done.step < min(epoch_end, total):
+            seconds, last = watch.seconds - stretch.began_seconds, done.step >= total
+            if last or passes(begin, done.step, self._snapshot_steps):
+                stop = self._snapshot(last) and not last
+            if not (last or stop or passes(stretch.first_step, done.step, per_epoch)):
                 continue
-            epoch = math.ceil(done.step / per_epoch) if done.step >= total else done.step // per_epoch
-            loss = self._mean_over_ranks(losses / (done.step - epoch_step))
-            seconds = watch.seconds - begun
+            ended = last or stop
+            epoch = math.ceil(done.step / per_epoch) if ended else done.step // per_epoch
+            loss = self._mean_over_ranks(stretch.mean_loss)
             self._log(
                 "epoch", epoch=epoch, step=done.step, loss=loss, lr=self._optimisation.lr_at(done.step - 1, total),
-                train_wall_seconds=seconds, exchange_seconds=exchange_seconds,
-                images_per_second_per_rank=(done.step - epoch_step) * strategy.batch_images / seconds,
+                train_wall_seconds=seconds, exchange_seconds=stretch.exchange_seconds,
+                images_per_second_per_rank=stretch.steps * strategy.batch_images / seconds,
             )  # fmt: skip
-            score = self._end_of_epoch(epoch, epoch_step // per_epoch, last=done.step >= total)
-            self._watcher.epoch_ended(epoch, epochs, loss, score, seconds)
-            losses, exchange_seconds, epoch_step, begun = 0.0, 0.0, done.step, watch.seconds
-            epoch_end = (done.step // per_epoch + 1) * per_epoch
+            score = self._end_of_epoch(epoch, stretch.first_step // per_epoch, ended)
+            self._watcher.epoch_ended(epoch, epochs, loss, score, self._distance, seconds)
+            stretch = _Stretch(done.step, watch.seconds)
+        if stop:
+            self._watcher.stopped(self._step / per_epoch, epochs)
         if score is None:  # resumed at the very end
             score = self._judge(strategy.full_state())
         ledgers = self._world.gather_objects(self._world.ledger)
         if self._run:
             self._run.write_ledger(ledgers)
             self._run.write_model(self._network.state_dict())
-        return Outcome(score, watch.seconds)
+        return Outcome(score, watch.seconds, self._step, stopped_early=self._step < total)
+
+    def _snapshot(self, last: bool) -> bool:
+        """Record the filters' scores, and the full network where it is asked for; whether the observer wants to stop here.
+
+        The first and the last network are recorded in full in any case: to rewind to, and to draw tickets from.
+        """
+        scores, stop = self._strategy.filter_scores(), False
+        if self._run:
+            self._run.write_scores(self._step, scores)
+
+        def observe() -> tuple[float | None, bool]:
+            seen = self._observer.see(scores)
+            if seen.fields:
+                self._log("snapshot", epoch=self._step / self._strategy.steps_per_epoch, step=self._step, **seen.fields)
+            return seen.distance, seen.stop
+
+        if self._watched:
+            self._distance, stop = self._world.on_root(observe)
+        if self._full_snapshots or last or stop or self._step == 0:
+            state = self._strategy.full_state()
+            if self._run:
+                self._run.write_snapshot(self._snapshot_name(last or stop), state)
+        return stop
+
+    def _snapshot_name(self, last: bool) -> str:
+        """`epoch-NNN`; `step-NNNNNN` for snapshots that are counted in steps, but for the first and the last."""
+        if self._interval.unit == "it" and not last and self._step:
+            return f"step-{self._step:06d}"
+        epochs = self._step / self._strategy.steps_per_epoch
+        return f"epoch-{math.ceil(epochs) if last else int(epochs):03d}"
 
     def _end_of_epoch(self, epoch: int, earlier: int, last: bool) -> Score | None:
-        """Evaluation, snapshot and checkpoint, each when it is due: a round may end several epochs after the `earlier` one."""
-
-        def due(every: int) -> bool:
-            return last or (every > 0 and epoch // every > earlier // every)
-
-        state = self._strategy.full_state()
+        """Evaluation, when it is due (a round may end several epochs after the `earlier` one), and a checkpoint."""
         score = None
-        if due(self._evaluation.evaluate_every):
-            score = self._judge(state)
+        if last or passes(earlier, epoch, self._evaluation.evaluate_every):
+            score = self._judge(self._strategy.full_state())
             self._log("eval", epoch=epoch, step=self._step, accuracy=score.accuracy, test_loss=score.loss, test_images=score.images)
         tensors, progress = self._strategy.checkpoint()
         ledger = Ledger()
         ledger.add(self._world.ledger)
         ledgers = self._world.gather_objects(ledger)
         if self._run:
-            if due(self._snapshot_every):
-                self._run.write_snapshot(epoch, state)
+            sent, received = (sum(way) for way in zip(*(ledger.payload_bytes for ledger in ledgers), strict=True))
+            self._log("ledger", epoch=epoch, step=self._step, payload_sent_bytes=sent, payload_received_bytes=received)
             progress = progress | {"wall_seconds": self._clock.seconds}
             self._run.write_checkpoint(Checkpoint(self._step, tensors, ledgers, progress))
         return score

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from loft_hpc.errors import LoftError
+from loft_hpc.training.interval import Interval
 
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("float32", "bfloat16")
@@ -56,6 +57,23 @@ class Computation:
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise LoftError(f"unknown precision '{self.precision}': choose one of {', '.join(PRECISIONS)}", usage=True)
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """When the filters' rankings are recorded, and whether the whole network is."""
+
+    snapshot_every: str = "1ep"
+    """Between two snapshots, as in `1ep` or `200it`; `0` records the first and the last network alone."""
+    snapshot_tensors: bool = True
+    """Record the full network each time, to draw tickets from; otherwise norms and scales of its filters alone (kilobytes)."""
+
+    def __post_init__(self):
+        Interval.parse(self.snapshot_every, "--snapshot-every")
+
+    @property
+    def every(self) -> Interval:
+        return Interval.parse(self.snapshot_every, "--snapshot-every")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
 """What every way of training a network over the ranks offers to the session that runs it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from loft_hpc.comm.world import World
 from loft_hpc.errors import LoftError
+from loft_hpc.models.groups import FilterGroup, Selection
+from loft_hpc.models.scores import CRITERIA, Scores
 from loft_hpc.runs.run import Checkpoint
 
 
@@ -30,6 +34,24 @@ def refuse_other_network(found: Mapping[str, Tensor], expected: Mapping[str, Ten
         raise LoftError("the checkpoint belongs to another network: resume with the options that the run was started with")
 
 
+def everybodys_scores(mine: Scores, held: Selection, groups: Sequence[FilterGroup], world: World) -> dict[str, Tensor]:
+    """The scores of all filters, out of those that each rank answers for. Collective: one small all-reduce.
+
+    `mine` are this rank's scores, of the filters `held` of each group (groups that it does not answer for are left out of both); every
+    filter has one rank that answers for it. The others add zeros, so what arrives is exactly what was computed.
+    """
+    places, end = {}, 0
+    for criterion in CRITERIA:
+        for group in groups:
+            places[f"{criterion}/{group.name}"] = slice(end, end + group.width)
+            end += group.width
+    everything = torch.zeros(end)
+    for name, scores in mine.items():
+        everything[places[name]].index_copy_(0, held[name.split("/", 1)[1]], scores)
+    world.all_reduce_(everything, "control")()
+    return {name: everything[place] for name, place in places.items()}
+
+
 class Strategy(ABC):
     """Trains a network from step 0 to `total_steps`, all ranks together."""
 
@@ -39,12 +61,19 @@ class Strategy(ABC):
     """Images that this rank sees in a step."""
 
     @abstractmethod
-    def advance(self) -> Advance:
-        """Train up to the next point where all ranks agree on the full state (a round, a step) and return what happened."""
+    def advance(self, limit: int | None = None) -> Advance:
+        """Train up to the next point where all ranks agree on the full state (a round, a few steps) and return what happened.
+
+        Not past step `limit`, unless a round ends later: rounds are never cut short, but by the end of the training.
+        """
 
     @abstractmethod
     def full_state(self) -> dict[str, Tensor]:
         """Parameters of the full network, the same on every rank. Called between `advance`s; a snapshot, not live."""
+
+    @abstractmethod
+    def filter_scores(self) -> dict[str, Tensor]:
+        """What the hidden filters are ranked by (models/scores.py), the same on every rank, without putting the network together."""
 
     @abstractmethod
     def checkpoint(self) -> tuple[dict[str, Tensor], dict]:

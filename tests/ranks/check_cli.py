@@ -76,7 +76,7 @@ def test_a_run_has_everything(world, trained):
     events = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [event["epoch"] for event in events if event["event"] == "eval"] == [1, 2]
     assert sum(event["event"] == "round" for event in events) == 3  # 22 steps, 8 a round
-    assert Run.open(trained).snapshot_epochs() == [0, 1, 2]
+    assert Run.open(trained).snapshot_names() == ["epoch-000", "epoch-001", "epoch-002"]
     assert len(list((trained / "checkpoints").iterdir())) == 2
     model = read_tensors(trained / "model.safetensors")
     build(Run.open(trained).architecture).load_state_dict(model)
@@ -135,9 +135,13 @@ def test_retrain_and_its_rewinds(world, capsys, folder, pruned):
         path = folder / f"retrained-{rewind.replace(':', '')}"
         fields = ask(world, capsys, "retrain", pruned / "magnitude-l2-0.5", "--epochs", "1", "--rewind", rewind, "--run", path)
         assert fields["ticket"] == str(pruned / "magnitude-l2-0.5")
-        start = Run.open(path).read_snapshot(0)
+        start = Run.open(path).read_snapshot("epoch-000")
         ticket = Ticket.read(pruned / "magnitude-l2-0.5")
-        source = ticket.state if rewind == "none" else ticket.slice(Run.open(ticket.run_path).read_snapshot(int(rewind == "epoch:1")))
+        source = (
+            ticket.state
+            if rewind == "none"
+            else ticket.slice(Run.open(ticket.run_path).read_snapshot("epoch-001" if rewind == "epoch:1" else "epoch-000"))
+        )
         assert all(torch.equal(start[name], source[name]) for name in start)
 
 
@@ -153,13 +157,22 @@ def test_measure(world, capsys, trained, pruned):
 
 def test_measure_distances(world, capsys, folder, trained, pruned):
     rows = ask(world, capsys, "measure", trained, "--distance-to", "final")["distances"]
-    assert [row["label"] for row in rows] == ["epoch 0", "epoch 1", "epoch 2"]
+    assert [row["epoch"] for row in rows] == pytest.approx([0, 16 / 11, 2])  # rounds of 8 steps, epochs of 11
     assert rows[2]["mean_normalised"] == 0 <= rows[1]["mean_normalised"] < rows[0]["mean_normalised"]
-    to_init = ask(world, capsys, "measure", trained, "--distance-to", "init")["distances"][0]
-    to_file = ask(world, capsys, "measure", trained, "--distance-to", trained / "snapshots" / "epoch-000.safetensors")["distances"][0]
-    assert to_init["groups"] == to_file["groups"]
-    assert ask(world, capsys, "measure", trained, "--distance-to", trained)["distances"][0]["mean_normalised"] == 0
+    to_init = ask(world, capsys, "measure", trained, "--distance-to", "init")["distances"]
+    to_file = ask(world, capsys, "measure", trained, "--distance-to", trained / "snapshots" / "epoch-000.safetensors")["distances"]
+    to_scores = ask(world, capsys, "measure", trained, "--distance-to", trained / "snapshots" / "scores-000000.safetensors")["distances"]
+    assert to_init == to_file == to_scores and to_init[0]["mean_normalised"] == 0 < to_init[2]["mean_normalised"]
+    assert ask(world, capsys, "measure", trained, "--distance-to", trained)["distances"] == rows
+    previous = ask(world, capsys, "measure", trained, "--distance-to", "previous")["distances"]
+    assert [row["step"] for row in previous] == [16, 22] and previous[0]["groups"] == to_init[1]["groups"]
+    in_view = ask(world, capsys, "measure", trained, "--distance-to", "previous", "--ratio", "0.8")["distances"]
+    logged = Run.open(trained).events("snapshot")
+    assert [event["distance_to_previous"] for event in logged] == [row["mean_normalised"] for row in previous]
+    assert [event["top_distance_to_previous"] for event in logged] == [row["mean_normalised"] for row in in_view]
     code, told = refuse(world, capsys, "measure", pruned / "magnitude-l2-0.5", "--distance-to", trained)
+    assert code == 1 and "is no run" in told
+    code, told = refuse(world, capsys, "measure", trained, "--distance-to", pruned / "magnitude-l2-0.5")
     assert code == 1 and "same filters" in told
 
 
@@ -280,7 +293,7 @@ def test_retrain_and_measure_refuse(world, capsys, folder, trained, pruned):
     assert refuse(world, capsys, "retrain", folder / "nothing")[0] == 1
     assert refuse(world, capsys, "retrain", ticket, "--rewind", "later")[0] == 2
     code, told = refuse(world, capsys, "retrain", ticket, "--rewind", "epoch:77")
-    assert code == 1 and "there are 0, 1, 2" in told
+    assert code == 1 and "there are epoch:0, epoch:1, epoch:2" in told
     assert refuse(world, capsys, "measure", folder)[0] == 1
     assert refuse(world, capsys, "measure")[0] == 2
     assert refuse(world, capsys, "measure", trained, "--distance-to", "epoch:9")[0] == 1

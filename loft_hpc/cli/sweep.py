@@ -1,0 +1,110 @@
+"""`loft sweep`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loft_hpc.cli.context import Job, format_option, table
+from loft_hpc.cli.options import device_option, evaluation_options, fill, moved_data_option, optimisation_options, option, precision_option
+from loft_hpc.cli.progress import Progress
+from loft_hpc.cli.prune import pruning_options, ratio_option
+from loft_hpc.jobs.pretrain import settings_of
+from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings
+from loft_hpc.jobs.sweep import EVERY, Point, SweepSettings, sweep
+from loft_hpc.runs.run import Run
+from loft_hpc.tickets.finders import Pruning
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
+
+
+class SweepProgress:
+    """A line for every point."""
+
+    def __init__(self, speaks: bool):
+        self._speaks = speaks
+
+    def point_done(self, number: int, points: int, point: Point, seconds_left: float | None) -> None:
+        if self._speaks:
+            left = f"   about {_duration(seconds_left)} left" if seconds_left and number < points else ""
+            click.echo(
+                f"{number:>{len(str(points))}}/{points}   {point.run.name}   {point.snapshot}, {100 * point.ratio:g} % pruned: "
+                f"{100 * point.accuracy:.2f} %{left}"
+            )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@click.command("sweep")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
+@ratio_option
+@pruning_options
+@click.option(
+    "--at",
+    multiple=True,
+    default=(EVERY,),
+    show_default=True,
+    help="Snapshots to draw tickets from: every, or init, epoch:K, step:K (repeat for more).",
+)
+@option(RetrainSettings, "rewind", "Weights to retrain from: none (those of the snapshot), init or epoch:K.", type=str)
+@moved_data_option
+@option(RetrainSettings, "epochs", "Walks through the training images, of each retraining.", type=int)
+@option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
+@optimisation_options(lr=LEARNING_RATE)
+@click.option("--retrain-seed", default=0, show_default=True, type=int, help="Decides data order and augmentation of the retrainings.")
+@evaluation_options
+@device_option
+@precision_option
+@click.option("--name", default="default", show_default=True, help="Folder under RUN/sweeps: one for each recipe of retraining.")
+@click.option("--plot", type=click.Path(), help="PNG file: accuracy after retraining over the epoch of the snapshot.")
+@format_option
+@click.pass_context
+def command(
+    context: click.Context, runs: tuple[str, ...], ratios: tuple[float, ...], at: tuple[str, ...], data_dir: str | None,
+    retrain_seed: int, name: str, plot: str | None, format: str, **options: Any,
+) -> None:  # fmt: skip
+    """Draw a ticket from every snapshot of each RUN, retrain them all, and show when winning tickets are there.
+
+    What is done is not done again: give the same command after an interruption, or with more ratios, snapshots or runs. Runs of
+    one strategy and number of workers (other seeds) are averaged in the plot.
+
+    Example: mpirun -np 4 loft sweep runs/RUN --ratio 0.8 --at every --plot sweep.png
+    """
+    job: Job = context.obj
+    prunings = [fill(Pruning, options, ratio=ratio) for ratio in ratios]
+    if len(set(ratios)) < len(ratios) or len(set(at)) < len(at) or len(set(runs)) < len(runs):
+        raise click.UsageError("a run, --ratio or --at is given twice")
+    if EVERY in at and len(at) > 1:
+        raise click.UsageError("--at every stands for all snapshots: give it alone")
+    if not name or name != Path(name).name or name.startswith("."):
+        raise click.UsageError(f"--name '{name}' is no plain folder name")
+    if plot and not plot.lower().endswith(".png"):
+        raise click.UsageError(f"--plot {plot} must end in .png")
+    parts = {
+        "optimisation": fill(Optimisation, options),
+        "evaluation": fill(Evaluation, options),
+        "computation": fill(Computation, options),
+        "snapshots": Snapshots(snapshot_every="0"),
+    }
+
+    def recipe(run: Run) -> RetrainSettings:
+        return fill(RetrainSettings, options | {"seed": retrain_seed}, data=settings_of(run).data.at(data_dir), **parts)
+
+    job.join()
+    world = job.world
+    progress = SweepProgress(job.speaks and format == "table")
+    points = sweep([Path(run) for run in runs], SweepSettings(prunings, at, name), recipe, world, progress, Progress(False))
+    if plot and job.speaks:
+        from loft_hpc.analysis.plots import plot_sweep
+
+        plot_sweep(points, Path(plot))
+    fields = [{**asdict(point), "run": str(point.run), "retrained": str(point.retrained)} for point in points]
+    rows = [
+        [str(point.run), point.label, point.snapshot, f"{100 * point.ratio:g} %", f"{100 * point.accuracy:.2f} %",
+         f"{100 * (point.accuracy - point.dense_accuracy):+.2f}"]
+        for point in points
+    ]  # fmt: skip
+    header = ["run", "strategy", "snapshot", "pruned", "retrained", "against the dense network"]
+    job.show(format, {"points": fields}, table(header, rows))

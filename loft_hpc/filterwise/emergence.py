@@ -1,0 +1,92 @@
+"""When the ticket is there: following the filters' rankings from snapshot to snapshot, and ending the training when they stand still.
+
+Two rules. `filter-distance` (LoFT's poster: the winning ticket emerges when rankings stop changing): the distance from the newest ranking
+to the one before, over the filters that the pruning ratio leaves, normalised by its expectation for a random ranking and meaned over the
+groups, is at most `tolerance` for `patience` successive snapshots. `mask-distance` (Early-Bird tickets; facts: tickets.md): the masks of
+one threshold over all |BatchNorm scales| differ between the newest snapshot and each of the `patience` before it in at most `tolerance`
+of their entries.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loft_hpc.analysis.distance import global_mask, mask_distance, mean_normalised, score_distance
+from loft_hpc.errors import LoftError
+from loft_hpc.models.scores import BN_SCALE, Scores, by_group
+from loft_hpc.training.session import Observation
+
+RULES = {"filter-distance": (0.08, 2), "mask-distance": (0.1, 4)}
+"""(tolerance, patience) that each rule has by default: chosen on textures and digits (docs/results.md), and Early-Bird's own."""
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When to end pretraining before its last epoch."""
+
+    stop_when_stable: bool = False
+    stability: str = "filter-distance"
+    """`filter-distance` or `mask-distance`."""
+    stable_ratio: float = 0.8
+    """Pruning ratio of the ticket in view."""
+    tolerance: float | None = None
+    """Distance up to which rankings count as standing still; None for the rule's own."""
+    patience: int | None = None
+    """Snapshots for which they must; None for the rule's own."""
+
+    def __post_init__(self):
+        if self.stability not in RULES:
+            raise LoftError(f"unknown stability rule '{self.stability}': choose one of {', '.join(RULES)}", usage=True)
+        if not 0 < self.stable_ratio < 1:
+            raise LoftError(f"--stable-ratio {self.stable_ratio:g} must lie between 0 and 1: it is a pruning ratio", usage=True)
+        if self.tolerance is not None and not 0 <= self.tolerance <= 1:
+            raise LoftError(f"--tolerance {self.tolerance:g} must lie between 0 (nothing changes) and 1 (as if random)", usage=True)
+        if self.patience is not None and self.patience < 1:
+            raise LoftError(f"--patience {self.patience} must be at least 1", usage=True)
+
+    @property
+    def limits(self) -> tuple[float, int]:
+        """(tolerance, patience), the rule's own where none are given."""
+        tolerance, patience = RULES[self.stability]
+        return tolerance if self.tolerance is None else self.tolerance, patience if self.patience is None else self.patience
+
+
+class Emergence:
+    """Follows one training, on one rank."""
+
+    def __init__(self, settings: Stopping, earlier: Iterable[Scores] = ()):
+        """`earlier`: the snapshots that were seen before the training was interrupted, in their order."""
+        self._settings = settings
+        self._tolerance, self._patience = settings.limits
+        self._masks: deque[np.ndarray] = deque(maxlen=self._patience + 1)
+        self._rankings: dict[str, np.ndarray] | None = None
+        self._still = 0
+        for scores in earlier:
+            self.see(scores)
+
+    def see(self, scores: Scores) -> Observation:
+        """Compare the next snapshot with those before it."""
+        ratio, before = self._settings.stable_ratio, self._rankings
+        self._rankings = by_group(scores, "l2")
+        self._masks.append(global_mask(by_group(scores, BN_SCALE), ratio))
+        if before is None:
+            return Observation({}, None, False)
+        whole = score_distance(self._rankings, before)
+        in_view = mean_normalised(score_distance(self._rankings, before, ratio))
+        differing = [mask_distance(self._masks[-1], mask) for mask in list(self._masks)[:-1]]
+        self._still = self._still + 1 if in_view <= self._tolerance else 0
+        if self._settings.stability == "filter-distance":
+            stable = self._still >= self._patience
+        else:
+            stable = len(differing) == self._patience and max(differing) <= self._tolerance
+        fields: dict[str, Any] = {
+            "distance_to_previous": mean_normalised(whole),
+            "top_distance_to_previous": in_view,
+            "mask_distance_to_previous": differing[-1],
+            "stable": stable,
+            "distances": {row.group: row.normalised for row in whole},
+        }
+        return Observation(fields, fields["distance_to_previous"], stable and self._settings.stop_when_stable)

@@ -1,0 +1,108 @@
+"""`loft measure --distance-to`: how far a run's rankings of its filters are from others, snapshot by snapshot."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from loft_hpc.analysis.distance import GroupDistance, mean_normalised, score_distance
+from loft_hpc.errors import LoftError
+from loft_hpc.jobs.measure import open_subject
+from loft_hpc.jobs.retrain import snapshot_name
+from loft_hpc.models.groups import State, filter_groups
+from loft_hpc.models.scores import CRITERIA, by_group, filter_scores
+from loft_hpc.runs.files import read_tensors
+from loft_hpc.runs.run import Run
+
+Ranked = dict[str, np.ndarray]
+"""The scores of every group's filters by one criterion."""
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Filter distance of one snapshot's rankings to the reference's, group by group."""
+
+    step: int
+    epoch: float
+    """Epochs done, from 0 for the initialisation."""
+    groups: list[GroupDistance]
+
+    @property
+    def label(self) -> str:
+        return f"epoch {self.epoch:g}" if self.epoch == int(self.epoch) else f"epoch {self.epoch:.2f}"
+
+    @property
+    def mean_normalised(self) -> float:
+        return mean_normalised(self.groups)
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run's distances over its pretraining, and its loss."""
+
+    path: Path
+    label: str
+    """Strategy and workers, for instance loft+4."""
+    rows: list[Distances]
+    losses: list[tuple[float, float]]
+    """(epochs done, mean training loss of the last one)."""
+
+
+def distances(path: Path, reference: str, criterion: str, ratio: float = 0.0) -> Course:
+    """The distance of every snapshot of the run to `reference`, over the filters that a pruning `ratio` leaves (0: all of them).
+
+    `reference`: `final` (the run's own final network), `previous` (the snapshot before), `init`, `epoch:K` or `step:K` (a snapshot of
+    the run), a file with a snapshot, or another run (its final network). Raises LoftError where there is nothing to compare.
+    """
+    if not (path / "run.json").is_file():
+        raise LoftError(f"{path} is no run: distances follow a run's snapshots, give the folder that loft pretrain printed")
+    run = Run.open(path)
+    snapshots = list(_snapshots(run, criterion))
+    per_epoch = run.description["steps_per_epoch"]
+    if not snapshots or (reference == "previous" and len(snapshots) < 2):
+        raise LoftError(f"{path} has not enough snapshots to compare: pretrain with --snapshot-every 1ep")
+    if reference == "previous":
+        pairs = [(step, ranked, before) for (_, before), (step, ranked) in pairwise(snapshots)]
+    else:
+        other = _reference(run, reference, criterion)
+        pairs = [(step, ranked, other) for step, ranked in snapshots]
+    rows = [Distances(step, step / per_epoch, score_distance(ranked, other, ratio)) for step, ranked, other in pairs]
+    strategy = run.configuration.get("strategy", run.description.get("kind"))
+    losses = [(event["step"] / per_epoch, event["loss"]) for event in run.events("epoch")]
+    return Course(path, f"{strategy}+{run.description['world_size']}", rows, losses)
+
+
+def _snapshots(run: Run, criterion: str) -> Iterator[tuple[int, Ranked]]:
+    """(step, scores), in their order; out of the full networks where a run of an earlier version recorded no scores."""
+    steps = run.score_steps()
+    for step in steps:
+        yield step, by_group(run.read_scores(step), criterion)
+    if not steps:
+        for name in run.snapshot_names():
+            yield run.snapshot_step(name), _ranked(run, run.read_snapshot(name), criterion)
+
+
+def _ranked(run: Run, state: State, criterion: str) -> Ranked:
+    return by_group(filter_scores(state, filter_groups(run.architecture), [criterion]), criterion)
+
+
+def _reference(run: Run, reference: str, criterion: str) -> Ranked:
+    if reference == "final":
+        return _ranked(run, run.read_model(), criterion)
+    if reference == "init" or reference.startswith(("epoch:", "step:")):
+        name = snapshot_name(reference, "--distance-to")
+        step = run.snapshot_step(name)
+        if step in run.score_steps():
+            return by_group(run.read_scores(step), criterion)
+        return _ranked(run, run.read_snapshot(name), criterion)
+    if reference.endswith(".safetensors"):
+        tensors = read_tensors(Path(reference))
+        scored = all(name.startswith(tuple(f"{known}/" for known in CRITERIA)) for name in tensors)
+        found = by_group(tensors, criterion) if scored else _ranked(run, tensors, criterion)
+        if not found:
+            raise LoftError(f"{reference} holds no filters of this network: give a snapshot or a model of a run")
+        return found
+    subject = open_subject(Path(reference))
+    return by_group(filter_scores(subject.state, filter_groups(subject.architecture), [criterion]), criterion)
