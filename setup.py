@@ -13,7 +13,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["loft_hpc", "loft_hpc.*"]),
-    package_data={"loft_hpc.analysis": ["clusters/*.toml"]},
+    package_data={"loft_hpc.analysis": ["clusters/*.toml"], "loft_hpc.cli": ["presets/*.toml"]},
     python_requires=">=3.10",
     # torch, torchvision, mpi4py and horovod must match one another: bin/install/pins.txt holds their versions, and bin/setup
     # builds Horovod with the changes that today's torch needs (a plain `pip install horovod` does not compile).

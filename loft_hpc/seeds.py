@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-_STREAMS = ("init", "deal", "order", "augment", "textures", "synthetic", "ticket", "calibration")
+_STREAMS = ("init", "deal", "order", "augment", "textures", "synthetic", "ticket", "calibration", "theory")
 
 
 def derive(seed: int, stream: str, *where: int) -> int:

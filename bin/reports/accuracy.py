@@ -4,14 +4,13 @@ Every run is a real job of 4 MPI ranks. Runs that are done are kept and used aga
 seeds. A difference is taken seed by seed against the poster's way (its partition, float32); its interval is Student's.
 """
 
-import json
 import statistics
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from scipy.stats import t
+
+from trainings import loft, train, with_interval
 
 RANKS = 4
 
@@ -58,39 +57,17 @@ class Study:
         folder = self._folder / dataset / variant.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
         quiet = ("--evaluate-every", "1000", "--snapshot-every", "0", "--seed", str(seed))
         pretrained = folder / "pretrain"
-        train = ("pretrain", *recipe.network, *recipe.pretraining, "--exchange", "alltoall", *VARIANTS[variant], *quiet)
-        found = {"merged network": self._train(pretrained, *train)}
+        pretraining = ("pretrain", *recipe.network, *recipe.pretraining, "--exchange", "alltoall", *VARIANTS[variant], *quiet)
+        found = {"merged network": 100 * train(pretrained, *pretraining, ranks=RANKS)["accuracy"]}
         for ratio in self._ratios:
             name = f"magnitude-l2-global-{ratio}"
             ticket = pretrained / "tickets" / name
             if not (ticket / "ticket.json").exists():
-                _loft("prune", str(pretrained), "--ratio", ratio, "--scope", "global")
+                loft("prune", pretrained, "--ratio", ratio, "--scope", "global")
             retrain = ("retrain", str(ticket), *recipe.retraining, *quiet)
-            found[f"{100 * float(ratio):g} % pruned, retrained"] = self._train(folder / f"retrain-{ratio}", *retrain)
+            retrained = train(folder / f"retrain-{ratio}", *retrain, ranks=RANKS)
+            found[f"{100 * float(ratio):g} % pruned, retrained"] = 100 * retrained["accuracy"]
         return found
-
-    def _train(self, run: Path, *command: str) -> float:
-        if not _done(run):
-            _loft(*command, "--run", str(run), "--resume", ranks=RANKS)
-        return 100 * json.loads((run / "run.json").read_text())["results"]["accuracy"]
-
-
-def _done(run: Path) -> bool:
-    return (run / "run.json").exists() and json.loads((run / "run.json").read_text())["status"] == "done"
-
-
-def _loft(*command: str, ranks: int = 0) -> None:
-    launcher = ["mpirun", "-np", str(ranks)] if ranks else []
-    done = subprocess.run([*launcher, "loft", *command], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"loft {' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-
-
-def _interval(differences: list[float]) -> str:
-    """Mean and 95 % confidence interval of paired differences."""
-    mean, deviation = statistics.mean(differences), statistics.stdev(differences)
-    half = t.ppf(0.975, len(differences) - 1) * deviation / len(differences) ** 0.5
-    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
 
 
 @click.command(help=__doc__)
@@ -116,7 +93,7 @@ def main(datasets: tuple[str, ...], seeds: int, ratios: tuple[str, ...], folder:
                 if variant == BASELINE:
                     cells.append(f"{statistics.mean(values):.2f} %")
                 else:
-                    cells.append(_interval([value - other[what] for value, other in zip(values, base, strict=True)]))
+                    cells.append(with_interval([value - other[what] for value, other in zip(values, base, strict=True)], sign=True))
             click.echo(f"| {dataset} | {what} | " + " | ".join(cells) + " |")
     click.echo(f"\nFirst column: mean accuracy over {seeds} seeds. Others: mean paired difference in points, 95 % interval.")
 

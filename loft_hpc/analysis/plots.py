@@ -140,6 +140,7 @@ def _mean_distances(figure: Any, places: Sequence[Any], courses: Sequence[Course
 class Point(Protocol):
     """A retrained ticket of a snapshot."""
 
+    run: Path
     label: str
     snapshot: str
     epoch: float
@@ -164,13 +165,52 @@ def plot_sweep(points: Sequence[Point], path: Path) -> None:
                 epochs = [float(np.mean([point.epoch for point in group])) for group in groups]
                 means, halves = zip(*(mean_interval([100 * point.accuracy for point in group]) for group in groups), strict=True)
                 axes.errorbar(epochs, means, yerr=halves, color=colour, marker=marker, capsize=3, label=f"{label}, ticket retrained")
-                dense, _ = mean_interval([100 * accuracy for accuracy in {point.dense_accuracy for point in mine}])
+                dense, _ = mean_interval([100 * accuracy for accuracy in {point.run: point.dense_accuracy for point in mine}.values()])
                 axes.axhline(dense, color=colour, linestyle="--", linewidth=1, label=f"{label}, dense network")
             axes.set_title(f"{100 * ratio:g} % of the filters pruned")
             axes.set_xlabel("epoch of pretraining whose ticket is retrained")
             axes.grid(alpha=0.3)
         panels[0][0].set_ylabel("test accuracy (%)")
         panels[0][-1].legend(fontsize=8)
+
+
+class Cell(Protocol):
+    """The left-hand side of Theorem 1 for one initialisation."""
+
+    filters: int
+    workers: int
+    spread: float
+    drift: float
+    outputs: float
+
+
+def plot_theory(cells: Sequence[Cell], path: Path) -> None:
+    """The terms of the left-hand side over m, for every S above 1, with 95 % intervals, and m^(-1/4) for comparison."""
+    terms = {
+        "spread": "weights, spread over the deals",
+        "drift": "weights, drift of their mean from GD's",
+        "outputs": "outputs, $\\eta\\,\\Sigma_t\\,||f(X, W_t) - f(X, \\hat W_t)||^2$",
+    }
+    filters = sorted({cell.filters for cell in cells})
+    with _figure(path, 1, len(terms), (15.5, 4.8)) as (_, panels):
+        for axes, (term, title) in zip(panels[0], terms.items(), strict=True):
+            highest = 0.0
+            for workers, (colour, marker) in zip(sorted({cell.workers for cell in cells} - {1}), _cycle(), strict=False):
+                values = [[getattr(cell, term) for cell in cells if (cell.workers, cell.filters) == (workers, m)] for m in filters]
+                means, halves = zip(*map(mean_interval, values), strict=True)
+                axes.errorbar(filters, means, yerr=halves, color=colour, marker=marker, capsize=3, label=f"S = {workers}")
+                highest = max(highest, means[0])
+            if highest:
+                reference = [highest * (m / filters[0]) ** -0.25 for m in filters]
+                axes.plot(filters, reference, color="grey", linestyle=":", label="$m^{-1/4}$")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(filters, [str(m) for m in filters])
+            axes.minorticks_off()
+            axes.set_xlabel("hidden filters m")
+            axes.set_title(title)
+            axes.grid(alpha=0.3)
+            axes.legend()
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:

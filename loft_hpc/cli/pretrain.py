@@ -19,6 +19,7 @@ from loft_hpc.cli.options import (
     snapshot_options,
     typed,
 )
+from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DataSettings
@@ -61,6 +62,7 @@ pipeline_options = several(
 
 
 @click.command("pretrain")
+@preset_option("pretrain")
 @option(PretrainSettings, "strategy", "How the ranks train together.", type=click.Choice(STRATEGIES))
 @option(PretrainSettings, "model", "Residual network.", type=click.Choice(MODEL_NAMES), metavar="MODEL")
 @option(PretrainSettings, "widen", "Hidden filters as a multiple of the stage's width.  [default: 2 for wideresnet, else 1]", type=float)

@@ -9,6 +9,7 @@ import click
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.options import device_option, fill, moved_data_option, option, several
+from loft_hpc.cli.presets import preset_option
 from loft_hpc.jobs.prune import BLOCK_CHOICES, FINAL, prune
 from loft_hpc.models.scores import NORMS
 from loft_hpc.tickets.finders import FINDERS, SCOPES, Pruning
@@ -35,6 +36,7 @@ ratio_option = click.option(
 
 @click.command("prune")
 @click.argument("run", type=click.Path())
+@preset_option("prune")
 @ratio_option
 @pruning_options
 @click.option(

@@ -18,6 +18,7 @@ from loft_hpc.cli.options import (
     snapshot_options,
     typed,
 )
+from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DataSettings
@@ -28,6 +29,7 @@ from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Sn
 
 @click.command("retrain")
 @click.argument("ticket", type=click.Path())
+@preset_option("retrain")
 @option(RetrainSettings, "rewind", "Weights to start from: none (as pruned), init (before pretraining) or epoch:K (a snapshot).", type=str)
 @moved_data_option
 @option(RetrainSettings, "epochs", "Walks through the training images.", type=int)

@@ -8,6 +8,7 @@ import click
 
 from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.options import device_option, evaluation_options, fill, moved_data_option, optimisation_options, option, precision_option
+from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.prune import pruning_options, ratio_option
 from loft_hpc.jobs.pretrain import settings_of
@@ -39,6 +40,7 @@ def _duration(seconds: float) -> str:
 
 @click.command("sweep")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
+@preset_option("retrain")
 @ratio_option
 @pruning_options
 @click.option(

@@ -28,6 +28,17 @@ CASES = {
         ["--local-iterations", "7", "--transport-dtype", "bfloat16"], SIXTEEN_BIT - {("alltoall", "partitioned")} | {("allgather", "partitioned")}
     ),
     "loft, averaged every 3": (["--local-iterations", "4", "--exchange", "alltoall", "--transport-dtype", "bfloat16", "--average-every", "3"], SIXTEEN_BIT),
+    "loft, snapshots by steps": (
+        ["--local-iterations", "4", "--exchange", "alltoall", "--average-every", "5", "--snapshot-every", "11it"], MOVED
+    ),
+    "loft, snapshots of scores alone": (
+        ["--local-iterations", "4", "--exchange", "alltoall", "--average-every", "5", "--snapshot-every", "11it", "--no-snapshot-tensors"], MOVED
+    ),
+    "loft, stopped early": (
+        ["--local-iterations", "4", "--exchange", "alltoall", "--transport-dtype", "bfloat16", "--snapshot-every", "11it",
+         "--stop-when-stable", "--tolerance", "1", "--patience", "2"], SIXTEEN_BIT
+    ),
+    "gpipe, snapshots by steps": (["--strategy", "gpipe", "--split", "balanced", "--micro-batches", "3", "--snapshot-every", "11it"], PIPED),
     "data-parallel": (["--strategy", "data-parallel"], {("allreduce", "gradient"), ("broadcast", "shared")}),
     "gpipe": (["--strategy", "gpipe", "--split", "balanced", "--micro-batches", "3"], PIPED),
 }  # fmt: skip

@@ -1,0 +1,83 @@
+"""`loft theory`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loft_hpc.cli.context import Job, Report
+from loft_hpc.cli.options import default, fill, option
+from loft_hpc.jobs.theory import TERMS, Theory, TheorySettings, check_theorem
+
+
+def _several(name: str, help: str) -> Any:
+    values = default(TheorySettings, name)
+    return click.option(f"--{name}", multiple=True, type=click.IntRange(1), default=values, show_default=True, help=help)
+
+
+@click.command("theory")
+@_several("filters", "Hidden filters m of the network (repeat for more).")
+@_several("workers", "Workers S that LoFT deals them to (repeat for more).")
+@option(TheorySettings, "images", "Images n, of digits.", type=int)
+@option(TheorySettings, "patch_size", "Pixels per side of a patch.", type=int)
+@option(TheorySettings, "steps", "Steps T of both trajectories.", type=int)
+@option(TheorySettings, "eta", "Step size.  [default: 0.5 / the largest eigenvalue of the kernel]", type=float)
+@option(TheorySettings, "local_iterations", "Steps between two deals.", type=int)
+@option(TheorySettings, "kappa", "Standard deviation of the initial filters.", type=float)
+@option(TheorySettings, "starts", "Initialisations, for the error bars.", type=int)
+@option(TheorySettings, "deals", "Sequences of deals that each is averaged over.", type=int)
+@option(TheorySettings, "seed", "Decides initialisations and deals.", type=int)
+@click.option("--plot", type=click.Path(), help="PNG file: both terms over m, for every S.")
+@click.option(
+    "--format", type=click.Choice(["table", "json", "csv", "latex"]), default="table", show_default=True, help="How results are printed."
+)
+@click.pass_context
+def command(context: click.Context, plot: str | None, format: str, **options: Any) -> None:
+    """Check LoFT's Theorem 1 numerically: how far LoFT's trajectory is from gradient descent's, over grids of m and S.
+
+    Trains the theorem's own model (one hidden convolutional layer, only its filters trained, ReLU, fixed output weights, squared loss)
+    both ways from the same start, in float64. Under mpirun the ranks share the grid; the figures stay the same.
+
+    Example: mpirun -np 2 loft theory --plot theory.png
+    """
+    job: Job = context.obj
+    settings = fill(TheorySettings, options)
+    if plot and not plot.lower().endswith(".png"):
+        raise click.UsageError(f"--plot {plot} must end in .png")
+    job.join()
+    found = check_theorem(settings, job.world)
+    if plot and job.speaks:
+        from loft_hpc.analysis.plots import plot_theory
+
+        plot_theory(found.cells, Path(plot))
+    report = _report(found, settings)
+    fields = {
+        **{name: getattr(found, name) for name in ("lambda_min", "lambda_max", "eta", "theorem_eta")},
+        "settings": asdict(settings), "cells": list(report.records), "slopes": [asdict(slope) for slope in found.slopes],
+        "remarks": found.remarks,
+    }  # fmt: skip
+    job.show(format, fields, report.printed(format))
+
+
+def _report(found: Theory, settings: TheorySettings) -> Report:
+    rows, records = [], []
+    for filters in settings.filters:
+        for workers in settings.workers:
+            terms = {term: found.mean(filters, workers, term) for term in TERMS}
+            rows.append([str(filters), str(workers), *(f"{mean:.3e} +- {half:.0e}" for mean, half in terms.values())])
+            record: dict[str, Any] = {"filters": filters, "workers": workers}
+            for term, (mean, half) in terms.items():
+                record |= {term: mean, f"{term}_half_width_95": half}
+            records.append(record)
+    slopes = [
+        f"S = {slope.workers}: {slope.term} goes as m^({slope.exponent:+.3f} +- {slope.half_width:.3f})"
+        for slope in found.slopes
+    ]  # fmt: skip
+    notes = [
+        f"eta = {found.eta:.3g}, lambda_0 = {found.lambda_min:.3g}, lambda_max = {found.lambda_max:.3g}; +- is the 95 % interval over "
+        f"{settings.starts} initialisations",
+        *slopes, *found.remarks,
+    ]  # fmt: skip
+    header = ["m", "S", "||W - W^||^2", "of it spread", "and drift", "eta sum ||f - f^||^2", "left-hand side"]
+    return Report(header, rows, records, notes)

@@ -1,0 +1,166 @@
+"""`loft theory`: the grid of the numerical check, shared out over the ranks, and what may be said of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loft_hpc.analysis.statistics import mean_interval
+from loft_hpc.analysis.theory import TERMS, Cell, Descent, Problem, Slope, cut_into_patches, fit_slopes, left_hand_side
+from loft_hpc.comm.world import World
+from loft_hpc.data.embedded import digits
+from loft_hpc.errors import LoftError
+
+__all__ = ["TERMS", "Theory", "TheorySettings", "check_theorem"]
+
+BOUND_EXPONENT = -0.25
+"""Of m, in the first term of the theorem's right-hand side."""
+
+
+@dataclass(frozen=True)
+class TheorySettings:
+    """The grid, and the trajectories in it."""
+
+    filters: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
+    workers: tuple[int, ...] = (1, 2, 4, 8)
+    images: int = 32
+    patch_size: int = 4
+    steps: int = 200
+    eta: float | None = None
+    """Step size; None for half of the largest at which gradient descent on the kernel is stable, 1 / lambda_max."""
+    local_iterations: int = 1
+    kappa: float = 1.0
+    starts: int = 5
+    """Initialisations, for the error bars."""
+    deals: int = 4
+    """Sequences of deals that each initialisation is averaged over."""
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.filters) < max(self.workers) or min(self.workers) < 1:
+            raise LoftError(
+                f"{max(self.workers)} workers cannot share {min(self.filters)} filters: give at least as many --filters", usage=True
+            )
+        if min(self.images, self.steps, self.local_iterations, self.deals) < 1 or self.images < 2 or self.starts < 1:
+            raise LoftError("--images (2 or more), --steps, --local-iterations, --starts and --deals must be at least 1", usage=True)
+        if self.images > 1437:
+            raise LoftError(f"--images {self.images}: digits has 1437 training images", usage=True)
+        if self.kappa <= 0 or (self.eta is not None and self.eta <= 0):
+            raise LoftError("--kappa and --eta must be positive", usage=True)
+        if self.patch_size not in (1, 2, 4, 8):
+            raise LoftError(f"--patch-size {self.patch_size} does not divide the 8x8 pixels of a digit: give 1, 2, 4 or 8", usage=True)
+        if self.seed < 0:
+            raise LoftError("--seed must be 0 or more", usage=True)
+
+
+@dataclass(frozen=True)
+class Theory:
+    """What was found."""
+
+    lambda_min: float
+    lambda_max: float
+    eta: float
+    theorem_eta: float
+    """lambda_0 / n^2, the order of step size that the theorem asks for."""
+    cells: list[Cell]
+    slopes: list[Slope]
+    remarks: list[str]
+
+    def mean(self, filters: int, workers: int, term: str) -> tuple[float, float]:
+        """(mean, half of the 95 % interval) over the initialisations."""
+        return mean_interval([getattr(cell, term) for cell in self.cells if (cell.filters, cell.workers) == (filters, workers)])
+
+
+def check_theorem(settings: TheorySettings, world: World) -> Theory:
+    """Compute the grid, dealt to the ranks by its cost. Collective; the figures do not depend on the number of ranks."""
+    torch.set_num_threads(1)
+    problem = _problem(settings)
+    lowest, highest = problem.eigenvalues
+    eta = settings.eta or 0.5 / highest
+    descent = Descent(eta, settings.steps, settings.local_iterations, settings.kappa)
+    tasks = sorted(((filters, start) for filters in settings.filters for start in range(settings.starts)), reverse=True)
+    mine = []
+    for filters, start in _share(tasks, world):
+        mine += left_hand_side(problem, descent, filters, settings.workers, start, settings.deals, settings.seed)
+    cells = sorted((cell for part in world.gather_objects(mine) for cell in part), key=lambda c: (c.filters, c.workers, c.start))
+    slopes = fit_slopes(cells)
+    found = Theory(lowest, highest, eta, lowest / settings.images**2, cells, slopes, [])
+    return Theory(**{**vars(found), "remarks": _remarks(found, settings)})
+
+
+def _problem(settings: TheorySettings) -> Problem:
+    """The first training images of digits that every evaluation also looks at; 0 to 4 against 5 to 9."""
+    ((images, labels),) = digits(torch.device("cpu")).calibration_batches(1, settings.images, 0, 1)
+    return cut_into_patches(images, torch.where(labels < 5, 1.0, -1.0), settings.patch_size)
+
+
+def _share(tasks: Sequence[tuple[int, int]], world: World) -> list[tuple[int, int]]:
+    """This rank's tasks: each, from the most costly on, goes to the rank that has least to do."""
+    loads, shares = [0] * world.size, [[] for _ in range(world.size)]
+    for task in tasks:
+        rank = loads.index(min(loads))
+        loads[rank] += task[0]
+        shares[rank].append(task)
+    return shares[world.rank]
+
+
+def _remarks(found: Theory, settings: TheorySettings) -> list[str]:
+    """What agrees with the bound, what does not, and what this cannot show, in plain words."""
+    remarks = []
+    if 1 in settings.workers:
+        exact = all(cell.total == 0 for cell in found.cells if cell.workers == 1)
+        remarks.append("S = 1: LoFT and gradient descent are the same to the last bit." if exact else "S = 1: THE TWO DIFFER, a defect.")
+    for term, what in (
+        ("total", "The left-hand side"),
+        ("outputs", "Its second term, the outputs'"),
+        ("drift", "The drift of the weights"),
+    ):
+        slopes = [slope for slope in found.slopes if slope.term == term]
+        if slopes:
+            remarks.append(f"{what} goes as m to the power {_powers(slopes)}: {_against_first_term(slopes)}.")
+    scatter = [slope for slope in found.slopes if slope.term == "spread"]
+    if scatter:
+        flat = all(slope.exponent + slope.half_width > BOUND_EXPONENT for slope in scatter)
+        remarks.append(
+            f"The spread of the weights over the deals goes as m to the power {_powers(scatter)}: "
+            + (
+                "it does not vanish for wide networks. The bound allows that: its second term does not depend on m."
+                if flat
+                else "it falls faster than the bound, whose second term does not depend on m, says it must."
+            )
+        )
+    several = [workers for workers in settings.workers if workers > 1]
+    if len(several) > 1 and settings.deals > 1:
+        few, many, large = several[0], several[-1], max(settings.filters)
+        measured = found.mean(large, many, "spread")[0] / found.mean(large, few, "spread")[0]
+        allowed = _second_term(many) / _second_term(few)
+        verdict = "that is within what the bound allows" if measured <= allowed else "that grows where the bound's term falls: NO agreement"
+        remarks.append(
+            f"From S = {few} to S = {many} the spread changes by a factor {measured:.3f} at m = {large}, the bound's second term, (1 - xi) / S "
+            f"with xi = 1/S, by {allowed:.3f}: {verdict}."
+        )
+    remarks.append(
+        "What this cannot show: the bound's constants (theta and the O are not given), so no inequality is tested, only trends in m and S. "
+        f"The step size is {found.eta / found.theorem_eta:.0f} times lambda_0 / n^2, the order that the theorem asks for; at that, hardly "
+        f"anything would move in {settings.steps} steps. One small data set of {settings.images} digits; f is scaled as defined here, where "
+        "the poster leaves the scale open."
+    )
+    return remarks
+
+
+def _powers(slopes: Sequence[Slope]) -> str:
+    return ", ".join(f"{slope.exponent:+.2f} +- {slope.half_width:.2f} (S = {slope.workers})" for slope in slopes)
+
+
+def _against_first_term(slopes: Sequence[Slope]) -> str:
+    if all(slope.exponent + slope.half_width < BOUND_EXPONENT for slope in slopes):
+        return "it falls, and faster than the m^(-1/4) of the bound's first term"
+    if all(slope.exponent + slope.half_width < 0 for slope in slopes):
+        return "it falls, no faster than the m^(-1/4) of the bound's first term for certain"
+    if any(slope.exponent - slope.half_width > 0 for slope in slopes):
+        return "it does NOT fall with m"
+    return "whether it falls with m cannot be told"
+
+
+def _second_term(workers: int) -> float:
+    return (1 - 1 / workers) / workers

@@ -1,0 +1,151 @@
+"""Intervals, the rules that end a pretraining, recipes: what needs no ranks."""
+
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from loft_hpc.analysis.distance import expected_distance
+from loft_hpc.cli.main import run
+from loft_hpc.cli.presets import FOLDER, NAMES, read_preset
+from loft_hpc.errors import LoftError
+from loft_hpc.filterwise.emergence import Emergence, Stopping
+from loft_hpc.filterwise.loft import LoftSettings, averages
+from loft_hpc.runs.run import Run
+from loft_hpc.training.interval import Interval, next_multiple, passes
+from loft_hpc.training.settings import Snapshots
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("1ep", 11), ("3ep", 33), ("200it", 200), ("2", 22), (2, 22), ("0", 0), ("0it", 0)]
+)  # fmt: skip
+def test_intervals(text, steps):
+    assert Interval.parse(text, "--snapshot-every").steps(11) == steps
+
+
+@pytest.mark.parametrize("text", ["", "ep", "-1ep", "1.5ep", "1 ep", "1epoch", "0x1", "1ep2it", None])
+def test_what_is_no_interval_is_refused(text):
+    with pytest.raises(LoftError, match="--snapshot-every"):
+        Snapshots(snapshot_every=text)
+
+
+def test_passing_and_next_multiple():
+    assert [end for end in range(1, 13) if passes(end - 1, end, 4)] == [4, 8, 12]
+    assert passes(3, 9, 4) and not passes(4, 7, 4) and not passes(0, 100, 0)
+    assert [next_multiple(step, 4) for step in (0, 3, 4, 5)] == [4, 4, 8, 8]
+
+
+def test_shared_parameters_are_averaged_wherever_the_network_is_looked_at():
+    settings = LoftSettings(average_every=5)
+    ends = [0, 4, 8, 12, 16, 20, 24, 28, 32]
+    averaged = [
+        end for number, (begin, end) in enumerate(pairwise(ends), start=1) if averages(settings, number, begin, end, (15, 11), 32)
+    ]  # fmt: skip
+    # 12: a snapshot after 11; 16: an epoch after 15; 20: the fifth round; 24: 22; 32: 30, and the end
+    assert averaged == [12, 16, 20, 24, 32]
+
+
+def scores(*filters: float, scale=None) -> dict[str, torch.Tensor]:
+    """One group, with norms and scales as given."""
+    norms = torch.tensor(filters)
+    return {"l2/a": norms, "l1/a": norms.clone(), "bn-scale/a": norms.clone() if scale is None else torch.tensor(scale)}
+
+
+def swapped(size: int, *pairs: tuple[int, int]) -> dict[str, torch.Tensor]:
+    values = list(range(size, 0, -1))
+    for one, other in pairs:
+        values[one], values[other] = values[other], values[one]
+    return scores(*map(float, values))
+
+
+def test_patience_counts_successive_snapshots():
+    still, moved = swapped(10), swapped(10, (0, 1))
+    emergence = Emergence(Stopping(stop_when_stable=True, tolerance=0.0, patience=2, stable_ratio=0.5))
+    seen = [emergence.see(snapshot) for snapshot in (still, still, moved, moved, moved, moved)]
+    assert seen[0].fields == {} and seen[0].distance is None
+    assert [observation.stop for observation in seen] == [False, False, False, False, True, True]
+    assert seen[2].distance == pytest.approx(1.5 * np.log(2) / expected_distance(10))
+
+
+def test_only_the_filters_of_the_ticket_in_view_must_stand_still():
+    emergence = Emergence(Stopping(stop_when_stable=True, tolerance=0.0, patience=1, stable_ratio=0.8))
+    first, bottom, top = (emergence.see(snapshot) for snapshot in (swapped(10), swapped(10, (8, 9)), swapped(10, (1, 2))))
+    assert not first.stop and bottom.stop and not top.stop
+    assert bottom.fields["top_distance_to_previous"] == 0 < bottom.fields["distance_to_previous"]
+
+
+def test_without_the_wish_to_stop_it_only_says_so():
+    emergence = Emergence(Stopping(tolerance=1.0, patience=1))
+    emergence.see(swapped(10))
+    seen = emergence.see(swapped(10))
+    assert seen.fields["stable"] and not seen.stop
+
+
+def test_early_birds_rule_looks_at_the_last_masks_together():
+    """One filter of ten leaves the mask a snapshot, another enters: two entries of ten differ, then four from the mask before that."""
+    masks = [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]
+    drifting = [[0, 1, 2, 3, 4], [5, 1, 2, 3, 4], [5, 6, 2, 3, 4], [5, 6, 7, 3, 4]]
+
+    def stops(kept: list[list[int]], tolerance: float, patience: int) -> list[bool]:
+        emergence = Emergence(
+            Stopping(stop_when_stable=True, stability="mask-distance", tolerance=tolerance, patience=patience, stable_ratio=0.5)
+        )
+        snapshots = [scores(*range(10), scale=[2.0 if filter in mask else 1.0 for filter in range(10)]) for mask in kept]
+        return [emergence.see(snapshot).stop for snapshot in snapshots]
+
+    assert stops(masks, 0.0, 2) == [False, False, False, False, True, True]
+    assert stops(masks, 0.2, 4) == [False, False, False, False, True, True]  # not before five masks are known
+    assert stops(drifting, 0.2, 1) == [False, True, True, True]
+    assert stops(drifting, 0.2, 2) == [False, False, False, False]  # each step is small, two together are not
+
+
+def test_what_was_seen_before_an_interruption_counts():
+    snapshots = [swapped(10), swapped(10), swapped(10)]
+    settings = Stopping(stop_when_stable=True, tolerance=0.0, patience=2)
+    whole, resumed = Emergence(settings), Emergence(settings, snapshots[:2])
+    assert [whole.see(snapshot).stop for snapshot in snapshots] == [False, False, True]
+    assert resumed.see(snapshots[2]).stop
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tolerance": -0.1}, {"tolerance": 1.5}, {"patience": 0}, {"stable_ratio": 1.0}, {"stable_ratio": 0.0}, {"stability": "loss"}]
+)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(LoftError):
+        Stopping(**wrong)
+
+
+def test_scores_after_a_checkpoint_are_forgotten(tmp_path):
+    run_ = Run(tmp_path, {})
+    for step in (0, 10, 20):
+        run_.write_scores(step, swapped(4))
+    run_.forget_after(10)
+    assert run_.score_steps() == [0, 10]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_presets_name_options_that_exist_and_a_source_for_every_value(name, capsys):
+    for command in read_preset(name):
+        assert command in ("pretrain", "prune", "retrain")
+    lines = [line for line in (FOLDER / f"{name}.toml").read_text().splitlines() if "=" in line and not line.startswith("#")]
+    assert all(re.search(r"  # \[[PRDC]\]", line) for line in lines)
+    # a mistake in a value or a name would end the command before it looks for the data
+    assert run(["pretrain", "--preset", name, "--epochs", "0"]) == 2
+    assert "--epochs" in capsys.readouterr().err
+    assert run(["prune", "nowhere", "--preset", name]) == 1
+    assert run(["retrain", "nowhere", "--preset", name, "--epochs", "0"]) == 2
+    assert run(["sweep", "nowhere", "--preset", name]) == 1
+    assert "nowhere is no run" in capsys.readouterr().err
+
+
+def test_what_is_typed_overrides_a_preset(tmp_path):
+    assert (
+        run(
+            ["pretrain", "--preset", "digits", "--widen", "1", "--epochs", "1", "--statistics-batches", "1", "--run", str(tmp_path / "run")]
+        )
+        == 0
+    )
+    configuration = Run.open(tmp_path / "run").configuration
+    assert (configuration["model"], configuration["widen"], configuration["optimisation"]["lr"]) == ("resnet20", 1.0, 0.1)
