@@ -10,7 +10,6 @@ import numpy as np
 from loft_hpc.analysis.distance import GroupDistance
 from loft_hpc.analysis.statistics import mean_interval
 from loft_hpc.analysis.timing import Seconds
-from loft_hpc.errors import LoftError
 
 _STYLES = {"loft": ("#0072B2", "o"), "data-parallel": ("#D55E00", "s"), "gpipe": ("#009E73", "^")}
 """Colours that colour-blind eyes tell apart (Okabe and Ito), each with a marker of its own."""
@@ -28,9 +27,7 @@ class Cost(Protocol):
 
 @contextmanager
 def _figure(path: Path, rows: int, columns: int, size: tuple[float, float], **details: Any) -> Iterator[tuple[Any, np.ndarray]]:
-    """A figure of (rows, columns) axes, written to `path` at the end. Raises LoftError for a path that is no PNG file's."""
-    if path.suffix.lower() != ".png":
-        raise LoftError(f"--plot {path} must end in .png", usage=True)
+    """A figure of (rows, columns) axes, written to `path` at the end."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -11,7 +11,7 @@ from loft_hpc.analysis.poster import poster_table
 from loft_hpc.analysis.timing import EXAMPLES, Cluster
 from loft_hpc.cli.commcost_reports import case_report, poster_report, run_fields, run_report, title
 from loft_hpc.cli.context import Job, Report
-from loft_hpc.cli.options import fill, option, several, typed
+from loft_hpc.cli.options import fill, option, plot_option, several, typed
 from loft_hpc.cli.pretrain import loft_options, pipeline_options
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings, known_shape
 from loft_hpc.filterwise.emergence import Stopping
@@ -58,14 +58,14 @@ case_options = several(
     "--cluster", "cluster_name", metavar="FILE",
     help=f"TOML file of a cluster, or an example ({', '.join(sorted(file.stem for file in EXAMPLES.glob('*.toml')))}): predicts times too.",
 )  # fmt: skip
-@click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE.png", help="Draw bytes (and times) over workers.")
+@plot_option("bytes (and times) over workers.")
 @click.option(
     "--format", type=click.Choice(["table", "json", "csv", "latex"]), default="table", show_default=True, help="How results are printed."
 )
 @click.pass_context
 def command(
     context: click.Context, runs: tuple[str, ...], strategies: tuple[str, ...], workers: tuple[int, ...], cluster_name: str | None,
-    plot: str | None, format: str, **options: Any,
+    plot: Path | None, format: str, **options: Any,
 ) -> None:  # fmt: skip
     """What training costs in communication: the poster's table, any case, or the ledgers of real runs beside the formulas.
 
@@ -99,7 +99,7 @@ def _show(job: Job, format: str, name: str, report: Report, fields: list[dict]) 
 
 
 def _case(
-    job: Job, strategies: Sequence[str], workers: Sequence[int], cluster_name: str | None, plot: str | None, format: str, options: dict
+    job: Job, strategies: Sequence[str], workers: Sequence[int], cluster_name: str | None, plot: Path | None, format: str, options: dict
 ) -> None:
     settings = fill(
         PretrainSettings,
@@ -121,9 +121,9 @@ def _case(
         name: replace(settings, strategy=name, rounds=settings.rounds if name == "loft" else None) for name in dict.fromkeys(strategies)
     }
     predictions = [predict(case, number, cluster) for number in workers for case in cases.values()]
-    if plot and job.speaks:
+    if plot:
         from loft_hpc.analysis.plots import plot_costs
 
-        plot_costs(predictions, Path(plot), title(settings), cluster.name if cluster else None)
+        job.once(lambda: plot_costs(predictions, plot, title(settings), cluster.name if cluster else None))
     report = case_report(predictions, settings, cluster)
     _show(job, format, "cases", report, list(report.records))

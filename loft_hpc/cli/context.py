@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,13 @@ class Job:
     def speaks(self) -> bool:
         """Whether this rank prints: rank 0 alone does, also in a command that starts no MPI."""
         return (announced_rank() if self.started_world is None else self.started_world.rank) == 0
+
+    def once(self, action: Callable[[], Any]) -> None:
+        """Rank 0 does something, for instance draws a plot; if it fails, it fails on all ranks."""
+        if self.started_world is not None:
+            self.started_world.on_root(action)
+        elif self.speaks:
+            action()
 
     def say(self, text: str) -> None:
         if self.speaks:

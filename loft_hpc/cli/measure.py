@@ -7,7 +7,7 @@ import click
 
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
-from loft_hpc.cli.options import device_option, moved_data_option
+from loft_hpc.cli.options import device_option, moved_data_option, plot_option
 from loft_hpc.jobs.distances import Course, distances
 from loft_hpc.jobs.measure import Measured, measure
 from loft_hpc.models.scores import CRITERIA
@@ -28,10 +28,8 @@ from loft_hpc.models.scores import CRITERIA
     show_default=True,
     help="Pruning ratio in view of --distance-to: only the filters that it leaves count (0: all).",
 )
-@click.option(
-    "--plot",
-    type=click.Path(),
-    help="PNG file for the distances: a heat map of layers and epochs (darker is closer) over the loss; for several runs their mean distances too.",
+@plot_option(
+    "the distances as a heat map of layers and epochs (darker is closer) over the loss; for several runs their mean distances too."
 )
 @moved_data_option
 @click.option("--latency-batch", type=click.IntRange(1), default=64, show_default=True, help="Images in a timed forward pass.")
@@ -40,7 +38,7 @@ from loft_hpc.models.scores import CRITERIA
 @format_option
 @click.pass_context
 def command(
-    context: click.Context, paths: tuple[str, ...], distance_to: str | None, norm: str, ratio: float, plot: str | None,
+    context: click.Context, paths: tuple[str, ...], distance_to: str | None, norm: str, ratio: float, plot: Path | None,
     data_dir: str | None, latency_batch: int, repetitions: int, device: str, format: str,
 ) -> None:  # fmt: skip
     """Accuracy, parameters, FLOPs and latency of runs and tickets, each beside the dense network; or filter distances.
@@ -112,12 +110,12 @@ def _fields(result: Measured) -> dict:
     }
 
 
-def _show_distances(job: Job, paths: tuple[str, ...], reference: str, criterion: str, ratio: float, plot: str | None, format: str) -> None:
+def _show_distances(job: Job, paths: tuple[str, ...], reference: str, criterion: str, ratio: float, plot: Path | None, format: str) -> None:
     courses = [distances(Path(path), reference, criterion, ratio) for path in paths]
-    if plot and job.speaks:
+    if plot:
         from loft_hpc.analysis.plots import plot_distances
 
-        plot_distances(courses, Path(plot), reference)
+        job.once(lambda: plot_distances(courses, plot, reference))
     rows = [
         {"path": str(course.path), "label": row.label, "epoch": row.epoch, "step": row.step, "mean_normalised": row.mean_normalised,
          "groups": [asdict(group) for group in row.groups]}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -75,6 +76,17 @@ evaluation_options = several(
     ),
     option(Evaluation, "statistics_batch", "Images in each of those batches.", type=int),
 )
+
+
+def plot_option(help: str) -> Decorator:
+    """--plot, the name of a PNG file."""
+
+    def check(context: click.Context, parameter: click.Parameter, name: str | None) -> Path | None:
+        if name is not None and not name.lower().endswith(".png"):
+            raise click.BadParameter(f"{name} must end in .png", context, parameter)
+        return None if name is None else Path(name)
+
+    return click.option("--plot", type=click.Path(), callback=check, help=f"PNG file: {help}")
 
 
 def snapshot_options(every: str = default(Snapshots, "snapshot_every")) -> Decorator:

@@ -7,7 +7,16 @@ from typing import Any
 import click
 
 from loft_hpc.cli.context import Job, format_option, table
-from loft_hpc.cli.options import device_option, evaluation_options, fill, moved_data_option, optimisation_options, option, precision_option
+from loft_hpc.cli.options import (
+    device_option,
+    evaluation_options,
+    fill,
+    moved_data_option,
+    optimisation_options,
+    option,
+    plot_option,
+    precision_option,
+)
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.prune import pruning_options, ratio_option
@@ -60,12 +69,12 @@ def _duration(seconds: float) -> str:
 @device_option
 @precision_option
 @click.option("--name", default="default", show_default=True, help="Folder under RUN/sweeps: one for each recipe of retraining.")
-@click.option("--plot", type=click.Path(), help="PNG file: accuracy after retraining over the epoch of the snapshot.")
+@plot_option("accuracy after retraining over the epoch of the snapshot.")
 @format_option
 @click.pass_context
 def command(
     context: click.Context, runs: tuple[str, ...], ratios: tuple[float, ...], at: tuple[str, ...], data_dir: str | None,
-    retrain_seed: int, name: str, plot: str | None, format: str, **options: Any,
+    retrain_seed: int, name: str, plot: Path | None, format: str, **options: Any,
 ) -> None:  # fmt: skip
     """Draw a ticket from every snapshot of each RUN, retrain them all, and show when winning tickets are there.
 
@@ -82,8 +91,6 @@ def command(
         raise click.UsageError("--at every stands for all snapshots: give it alone")
     if not name or name != Path(name).name or name.startswith("."):
         raise click.UsageError(f"--name '{name}' is no plain folder name")
-    if plot and not plot.lower().endswith(".png"):
-        raise click.UsageError(f"--plot {plot} must end in .png")
     parts = {
         "optimisation": fill(Optimisation, options),
         "evaluation": fill(Evaluation, options),
@@ -98,10 +105,10 @@ def command(
     world = job.world
     progress = SweepProgress(job.speaks and format == "table")
     points = sweep([Path(run) for run in runs], SweepSettings(prunings, at, name), recipe, world, progress, Progress(False))
-    if plot and job.speaks:
+    if plot:
         from loft_hpc.analysis.plots import plot_sweep
 
-        plot_sweep(points, Path(plot))
+        job.once(lambda: plot_sweep(points, plot))
     fields = [{**asdict(point), "run": str(point.run), "retrained": str(point.retrained)} for point in points]
     rows = [
         [str(point.run), point.label, point.snapshot, f"{100 * point.ratio:g} %", f"{100 * point.accuracy:.2f} %",

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from loft_hpc.cli.context import Job, Report
-from loft_hpc.cli.options import default, fill, option
+from loft_hpc.cli.options import default, fill, option, plot_option
 from loft_hpc.jobs.theory import TERMS, Theory, TheorySettings, check_theorem
 
 
@@ -28,12 +28,12 @@ def _several(name: str, help: str) -> Any:
 @option(TheorySettings, "starts", "Initialisations, for the error bars.", type=int)
 @option(TheorySettings, "deals", "Sequences of deals that each is averaged over.", type=int)
 @option(TheorySettings, "seed", "Decides initialisations and deals.", type=int)
-@click.option("--plot", type=click.Path(), help="PNG file: both terms over m, for every S.")
+@plot_option("both terms over m, for every S.")
 @click.option(
     "--format", type=click.Choice(["table", "json", "csv", "latex"]), default="table", show_default=True, help="How results are printed."
 )
 @click.pass_context
-def command(context: click.Context, plot: str | None, format: str, **options: Any) -> None:
+def command(context: click.Context, plot: Path | None, format: str, **options: Any) -> None:
     """Check LoFT's Theorem 1 numerically: how far LoFT's trajectory is from gradient descent's, over grids of m and S.
 
     Trains the theorem's own model (one hidden convolutional layer, only its filters trained, ReLU, fixed output weights, squared loss)
@@ -43,14 +43,12 @@ def command(context: click.Context, plot: str | None, format: str, **options: An
     """
     job: Job = context.obj
     settings = fill(TheorySettings, options)
-    if plot and not plot.lower().endswith(".png"):
-        raise click.UsageError(f"--plot {plot} must end in .png")
     job.join()
     found = check_theorem(settings, job.world)
-    if plot and job.speaks:
+    if plot:
         from loft_hpc.analysis.plots import plot_theory
 
-        plot_theory(found.cells, Path(plot))
+        job.once(lambda: plot_theory(found.cells, plot))
     report = _report(found, settings)
     fields = {
         **{name: getattr(found, name) for name in ("lambda_min", "lambda_max", "eta", "theorem_eta")},

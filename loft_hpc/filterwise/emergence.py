@@ -19,8 +19,8 @@ from loft_hpc.errors import LoftError
 from loft_hpc.models.scores import BN_SCALE, Scores, by_group
 from loft_hpc.training.session import Observation
 
-RULES = {"filter-distance": (0.08, 2), "mask-distance": (0.1, 4)}
-"""(tolerance, patience) that each rule has by default: chosen on textures and digits (docs/results.md), and Early-Bird's own."""
+RULES = {"filter-distance": (0.1, 2), "mask-distance": (0.1, 4)}
+"""(tolerance, patience) that each rule has by default: docs/decisions/0009, and Early-Bird's own."""
 
 
 @dataclass(frozen=True)
