@@ -13,6 +13,10 @@ from loft_hpc.cli.presets import FOLDER, NAMES, read_preset
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.emergence import Emergence, Stopping
 from loft_hpc.filterwise.loft import LoftSettings, averages
+from loft_hpc.jobs.pretrain import PretrainSettings
+from loft_hpc.jobs.retrain import RetrainSettings
+from loft_hpc.jobs.settings import from_json
+from loft_hpc.models.scores import by_group
 from loft_hpc.runs.run import Run
 from loft_hpc.training.interval import Interval, next_multiple, passes
 from loft_hpc.training.settings import Snapshots
@@ -149,3 +153,38 @@ def test_what_is_typed_overrides_a_preset(tmp_path):
     )
     configuration = Run.open(tmp_path / "run").configuration
     assert (configuration["model"], configuration["widen"], configuration["optimisation"]["lr"]) == ("resnet20", 1.0, 0.1)
+
+
+def test_scores_read_back_stand_in_forward_order(tmp_path):
+    """Files keep names in another order, in which block 10 comes before block 2; masks over all blocks must not depend on it."""
+    draw = torch.Generator().manual_seed(0)
+    snapshots = [
+        {f"{criterion}/layer1.{block}": torch.rand(5, generator=draw) for criterion in ("l2", "l1", "bn-scale") for block in range(12)}
+    ]
+    snapshots.append({name: tensor.clone() for name, tensor in snapshots[0].items()})
+    run_ = Run(tmp_path, {})
+    run_.write_scores(0, snapshots[0])
+    back = run_.read_scores(0)
+    assert list(by_group(back, "l2")) == [f"layer1.{block}" for block in range(12)]
+    emergence = Emergence(Stopping(), [back])
+    seen = emergence.see(snapshots[1])
+    assert seen.fields["mask_distance_to_previous"] == 0 == seen.distance
+
+
+def test_settings_of_earlier_versions_keep_their_snapshots():
+    assert from_json(PretrainSettings, {"snapshot_every": 0}).snapshots.snapshot_every == "0"
+    assert from_json(PretrainSettings, {}).snapshots.snapshot_every == "1ep"
+    assert from_json(RetrainSettings, {"snapshot_every": 3}).snapshots.every == Interval(3, "ep")
+
+
+def test_names_of_snapshots_and_their_steps(tmp_path):
+    """Epochs of 10 steps, rounds of 4, 25 steps in all: snapshots after 12, 20 and 25."""
+    description = {"steps_per_epoch": 10, "total_steps": 25, "configuration": {"snapshots": {"snapshot_every": "1ep"}}}
+    run_ = Run(tmp_path, description)
+    for step in (0, 12, 20, 25):
+        run_.write_scores(step, swapped(4))
+        run_.write_snapshot(run_.snapshot_name(step), swapped(4))
+    assert run_.snapshot_names() == ["epoch-000", "epoch-001", "epoch-002", "epoch-003"]
+    assert [run_.snapshot_step(name) for name in run_.snapshot_names()] == [0, 12, 20, 25]
+    description["configuration"]["snapshots"]["snapshot_every"] = "12it"
+    assert [run_.snapshot_name(step) for step in (0, 12, 24, 25)] == ["epoch-000", "step-000012", "step-000024", "epoch-003"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from loft_hpc import seeds
-from loft_hpc.analysis.theory import Cell, Descent, _Trajectory, cut_into_patches, fit_slopes, left_hand_side
-from loft_hpc.jobs.theory import TheorySettings, _problem
+from loft_hpc.analysis.theory import Cell, Descent, Slope, _Trajectory, cut_into_patches, fit_slopes, left_hand_side
+from loft_hpc.jobs.theory import TheorySettings, _problem, judge_slopes
 
 SMALL = TheorySettings(images=6)
 
@@ -126,3 +126,33 @@ def test_slopes_are_those_of_a_power_law():
     found = {slope.term: slope for slope in fit_slopes(cells)}
     assert found["weights"].exponent == pytest.approx(-0.5) and found["outputs"].exponent == pytest.approx(-1)
     assert found["weights"].half_width == pytest.approx(0, abs=1e-9)
+
+
+def test_a_term_that_is_not_positive_everywhere_has_no_slope():
+    cells = [Cell(m, 2, start, 1.0, 1.0, 1.5 if (m, start) == (64, 1) else 0.5) for m in (16, 64) for start in range(3)]
+    assert {slope.term for slope in fit_slopes(cells)} == {"weights", "spread", "outputs", "total"}
+
+
+def test_one_initialisation_has_no_interval_and_no_verdict():
+    cells = [Cell(m, 2, 0, 1 / m, 1 / m, 0.5 / m) for m in (16, 64)]
+    slopes = fit_slopes(cells)
+    assert slopes and all(math.isnan(slope.half_width) for slope in slopes)
+    assert judge_slopes(slopes) == ""
+
+
+@pytest.mark.parametrize(
+    ("exponent", "half_width", "verdict"),
+    [
+        (-0.5, 0.2, "falls with m, faster than m^(-1/4)"),
+        (-0.3, 0.1, "falls with m for"),
+        (-0.2, 0.3, "does not change with m as far as this can tell"),
+        (0.3, 0.1, "GROWS with m"),
+    ],
+)
+def test_verdicts_on_exponents(exponent, half_width, verdict):
+    assert verdict in judge_slopes([Slope(2, "spread", exponent, half_width)])
+
+
+def test_every_number_of_workers_is_judged_by_itself():
+    said = judge_slopes([Slope(2, "spread", -1.6, 0.1), Slope(4, "spread", 2.1, 0.1)])
+    assert "faster than m^(-1/4) for S = 2" in said and "GROWS with m for S = 4" in said

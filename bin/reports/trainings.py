@@ -1,6 +1,7 @@
 """Real runs of the loft command for reports. What is done is kept and used again, so that an interrupted report goes on."""
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Callable, Sequence
@@ -44,4 +45,6 @@ def with_interval(values: Sequence[float], digits: int = 2, sign: bool = False) 
     """Mean and 95 % interval (Student), as tables show them."""
     mean, half = mean_interval(values)
     form = f"{{:{'+' if sign else ''}.{digits}f}}"
+    if math.isnan(half):
+        return form.format(mean)
     return f"{form.format(mean)} ({form.format(mean - half)} to {form.format(mean + half)})"

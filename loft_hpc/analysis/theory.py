@@ -179,16 +179,17 @@ class Slope:
 
 
 def fit_slopes(cells: Sequence[Cell]) -> list[Slope]:
-    """Least squares of ln(term) over ln(m), for each initialisation by itself (left out where an estimate is not positive)."""
+    """Least squares of ln(term) over ln(m), for each initialisation by itself.
+
+    A term with an estimate that is not positive has no slope: leaving out that initialisation would favour the others.
+    """
     slopes = []
+    starts, sizes = sorted({cell.start for cell in cells}), sorted({cell.filters for cell in cells})
     for workers in sorted({cell.workers for cell in cells} - {1}):
         for term in TERMS:
-            exponents = []
-            for start in sorted({cell.start for cell in cells}):
-                mine = sorted((cell for cell in cells if (cell.workers, cell.start) == (workers, start)), key=lambda cell: cell.filters)
-                if len(mine) > 1 and all(getattr(cell, term) > 0 for cell in mine):
-                    x, y = np.log([cell.filters for cell in mine]), np.log([getattr(cell, term) for cell in mine])
-                    exponents.append(float(np.polyfit(x, y, 1)[0]))
-            if exponents:
+            values = {(cell.start, cell.filters): getattr(cell, term) for cell in cells if cell.workers == workers}
+            if len(sizes) > 1 and all(value > 0 for value in values.values()):
+                x = np.log(sizes)
+                exponents = [float(np.polyfit(x, np.log([values[start, size] for size in sizes]), 1)[0]) for start in starts]
                 slopes.append(Slope(workers, term, *mean_interval(exponents)))
     return slopes

@@ -7,7 +7,7 @@ import click
 
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
-from loft_hpc.cli.options import device_option, moved_data_option, plot_option
+from loft_hpc.cli.options import device_option, moved_data_option, plot_option, typed
 from loft_hpc.jobs.distances import Course, distances
 from loft_hpc.jobs.measure import Measured, measure
 from loft_hpc.models.scores import CRITERIA
@@ -51,8 +51,10 @@ def command(
     loft measure runs/RUN --distance-to final --plot runs/RUN/plots/distance.png
     """
     job: Job = context.obj
-    if distance_to is None and plot:
-        raise click.UsageError("--plot belongs to --distance-to")
+    alone = {"plot", "ratio", "norm"} if distance_to is None else {"data_dir", "latency_batch", "repetitions", "device"}
+    for name in sorted(alone & typed(context)):
+        other = "belongs to --distance-to" if distance_to is None else "has no meaning with --distance-to"
+        raise click.UsageError(f"--{name.replace('_', '-')} {other}")
     job.join()
     if distance_to is not None:
         _show_distances(job, paths, distance_to, norm, ratio, plot, format)

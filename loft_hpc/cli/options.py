@@ -68,13 +68,16 @@ def optimisation_options(lr: float = default(Optimisation, "lr")) -> Decorator:
     )  # fmt: skip
 
 
-evaluation_options = several(
-    option(Evaluation, "evaluate_every", "Epochs between evaluations (the last epoch always is evaluated).", type=int),
+judging_options = several(
     option(Evaluation, "evaluation_batch", "Images per step when evaluating.", type=int),
     option(
         Evaluation, "statistics_batches", "Training batches over which BatchNorm statistics are re-estimated before evaluating.", type=int
     ),
     option(Evaluation, "statistics_batch", "Images in each of those batches.", type=int),
+)
+evaluation_options = several(
+    option(Evaluation, "evaluate_every", "Epochs between evaluations (the last epoch always is evaluated).", type=int),
+    judging_options,
 )
 
 

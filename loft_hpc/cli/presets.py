@@ -19,14 +19,14 @@ def read_preset(name: str) -> dict[str, dict[str, Any]]:
     return tomllib.loads((FOLDER / f"{name}.toml").read_text())
 
 
-def preset_option(section: str) -> Any:
-    """--preset: the section's values become the defaults of the command's options; what is typed overrides them."""
+def preset_option(*sections: str) -> Any:
+    """--preset: the values of these sections become the defaults of the command's options; what is typed overrides them."""
 
     def apply(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
         if name is not None:
             parameters = {flag.lstrip("-"): known.name for known in context.command.params for flag in known.opts}
-            values = read_preset(name)[section]
-            context.default_map = {parameters[option]: value for option, value in values.items()}
+            preset = read_preset(name)
+            context.default_map = {parameters[option]: value for section in sections for option, value in preset[section].items()}
         return name
 
     return click.option(

@@ -34,18 +34,21 @@ ratio_option = click.option(
 )
 
 
-@click.command("prune")
-@click.argument("run", type=click.Path())
-@preset_option("prune")
-@ratio_option
-@pruning_options
-@click.option(
+blocks_option = click.option(
     "--blocks",
     type=click.Choice(BLOCK_CHOICES),
     default="all",
     show_default=True,
     help="Blocks to prune: all, or as in LoFT's release all but the first of each stage.",
 )
+
+
+@click.command("prune")
+@click.argument("run", type=click.Path())
+@preset_option("prune")
+@ratio_option
+@pruning_options
+@blocks_option
 @click.option(
     "--at", default=FINAL, show_default=True, help="Network to draw from: final, init, epoch:K or step:K (a snapshot of the run)."
 )

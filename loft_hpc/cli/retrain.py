@@ -30,7 +30,12 @@ from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Sn
 @click.command("retrain")
 @click.argument("ticket", type=click.Path())
 @preset_option("retrain")
-@option(RetrainSettings, "rewind", "Weights to start from: none (as pruned), init (before pretraining) or epoch:K (a snapshot).", type=str)
+@option(
+    RetrainSettings,
+    "rewind",
+    "Weights to start from: none (as pruned), init (before pretraining), epoch:K or step:K (a snapshot).",
+    type=str,
+)
 @moved_data_option
 @option(RetrainSettings, "epochs", "Walks through the training images.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)

@@ -9,8 +9,8 @@ import click
 from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.options import (
     device_option,
-    evaluation_options,
     fill,
+    judging_options,
     moved_data_option,
     optimisation_options,
     option,
@@ -19,13 +19,16 @@ from loft_hpc.cli.options import (
 )
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
-from loft_hpc.cli.prune import pruning_options, ratio_option
+from loft_hpc.cli.prune import blocks_option, pruning_options, ratio_option
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings
 from loft_hpc.jobs.sweep import EVERY, Point, SweepSettings, sweep
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets.finders import Pruning
 from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
+
+NEVER = 1_000_000
+"""Epochs between evaluations: each retraining is judged at its end alone."""
 
 
 class SweepProgress:
@@ -49,9 +52,10 @@ def _duration(seconds: float) -> str:
 
 @click.command("sweep")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
-@preset_option("retrain")
+@preset_option("prune", "retrain")
 @ratio_option
 @pruning_options
+@blocks_option
 @click.option(
     "--at",
     multiple=True,
@@ -59,13 +63,13 @@ def _duration(seconds: float) -> str:
     show_default=True,
     help="Snapshots to draw tickets from: every, or init, epoch:K, step:K (repeat for more).",
 )
-@option(RetrainSettings, "rewind", "Weights to retrain from: none (those of the snapshot), init or epoch:K.", type=str)
+@option(RetrainSettings, "rewind", "Weights to retrain from: none (those of the snapshot), init, epoch:K or step:K.", type=str)
 @moved_data_option
 @option(RetrainSettings, "epochs", "Walks through the training images, of each retraining.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
 @optimisation_options(lr=LEARNING_RATE)
 @click.option("--retrain-seed", default=0, show_default=True, type=int, help="Decides data order and augmentation of the retrainings.")
-@evaluation_options
+@judging_options
 @device_option
 @precision_option
 @click.option("--name", default="default", show_default=True, help="Folder under RUN/sweeps: one for each recipe of retraining.")
@@ -74,7 +78,7 @@ def _duration(seconds: float) -> str:
 @click.pass_context
 def command(
     context: click.Context, runs: tuple[str, ...], ratios: tuple[float, ...], at: tuple[str, ...], data_dir: str | None,
-    retrain_seed: int, name: str, plot: Path | None, format: str, **options: Any,
+    blocks: str, retrain_seed: int, name: str, plot: Path | None, format: str, **options: Any,
 ) -> None:  # fmt: skip
     """Draw a ticket from every snapshot of each RUN, retrain them all, and show when winning tickets are there.
 
@@ -85,7 +89,7 @@ def command(
     """
     job: Job = context.obj
     prunings = [fill(Pruning, options, ratio=ratio) for ratio in ratios]
-    if len(set(ratios)) < len(ratios) or len(set(at)) < len(at) or len(set(runs)) < len(runs):
+    if len(set(ratios)) < len(ratios) or len(set(at)) < len(at) or len({Path(run).resolve() for run in runs}) < len(runs):
         raise click.UsageError("a run, --ratio or --at is given twice")
     if EVERY in at and len(at) > 1:
         raise click.UsageError("--at every stands for all snapshots: give it alone")
@@ -93,7 +97,7 @@ def command(
         raise click.UsageError(f"--name '{name}' is no plain folder name")
     parts = {
         "optimisation": fill(Optimisation, options),
-        "evaluation": fill(Evaluation, options),
+        "evaluation": fill(Evaluation, options | {"evaluate_every": NEVER}),
         "computation": fill(Computation, options),
         "snapshots": Snapshots(snapshot_every="0"),
     }
@@ -104,7 +108,7 @@ def command(
     job.join()
     world = job.world
     progress = SweepProgress(job.speaks and format == "table")
-    points = sweep([Path(run) for run in runs], SweepSettings(prunings, at, name), recipe, world, progress, Progress(False))
+    points = sweep([Path(run) for run in runs], SweepSettings(prunings, blocks, at, name), recipe, world, progress, Progress(False))
     if plot:
         from loft_hpc.analysis.plots import plot_sweep
 

@@ -22,12 +22,6 @@ class Entry:
     poster_bytes: int = 0
     """The poster's accounting, where it applies: what this worker uploads in an exchange, 4 * (its partitioned + shared)."""
 
-    @property
-    def payload_bytes(self) -> tuple[int, int]:
-        """(sent, received), over all operations and purposes."""
-        entries = [entry for purposes in self.entries.values() for entry in purposes.values()]
-        return sum(entry.payload_sent_bytes for entry in entries), sum(entry.payload_received_bytes for entry in entries)
-
     def add(self, other: "Entry") -> None:
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)

@@ -64,6 +64,7 @@ class Emergence:
         self._masks: deque[np.ndarray] = deque(maxlen=self._patience + 1)
         self._rankings: dict[str, np.ndarray] | None = None
         self._still = 0
+        self.stop = False
         for scores in earlier:
             self.see(scores)
 
@@ -82,6 +83,7 @@ class Emergence:
             stable = self._still >= self._patience
         else:
             stable = len(differing) == self._patience and max(differing) <= self._tolerance
+        self.stop = stable and self._settings.stop_when_stable
         fields: dict[str, Any] = {
             "distance_to_previous": mean_normalised(whole),
             "top_distance_to_previous": in_view,
@@ -89,4 +91,4 @@ class Emergence:
             "stable": stable,
             "distances": {row.group: row.normalised for row in whole},
         }
-        return Observation(fields, fields["distance_to_previous"], stable and self._settings.stop_when_stable)
+        return Observation(fields, fields["distance_to_previous"], self.stop)

@@ -61,7 +61,7 @@ def distances(path: Path, reference: str, criterion: str, ratio: float = 0.0) ->
         raise LoftError(f"{path} is no run: distances follow a run's snapshots, give the folder that loft pretrain printed")
     run = Run.open(path)
     snapshots = list(_snapshots(run, criterion))
-    per_epoch = run.description["steps_per_epoch"]
+    per_epoch = run.required("steps_per_epoch", int)
     if not snapshots or (reference == "previous" and len(snapshots) < 2):
         raise LoftError(f"{path} has not enough snapshots to compare: pretrain with --snapshot-every 1ep")
     if reference == "previous":
@@ -70,19 +70,19 @@ def distances(path: Path, reference: str, criterion: str, ratio: float = 0.0) ->
         other = _reference(run, reference, criterion)
         pairs = [(step, ranked, other) for step, ranked in snapshots]
     rows = [Distances(step, step / per_epoch, score_distance(ranked, other, ratio)) for step, ranked, other in pairs]
-    strategy = run.configuration.get("strategy", run.description.get("kind"))
-    losses = [(event["step"] / per_epoch, event["loss"]) for event in run.events("epoch")]
-    return Course(path, f"{strategy}+{run.description['world_size']}", rows, losses)
+    losses = [(event["step"] / per_epoch, event["loss"]) for event in run.events("epoch") if "loss" in event]
+    return Course(path, run.label, rows, losses)
 
 
 def _snapshots(run: Run, criterion: str) -> Iterator[tuple[int, Ranked]]:
-    """(step, scores), in their order; out of the full networks where a run of an earlier version recorded no scores."""
-    steps = run.score_steps()
-    for step in steps:
-        yield step, by_group(run.read_scores(step), criterion)
-    if not steps:
-        for name in run.snapshot_names():
-            yield run.snapshot_step(name), _ranked(run, run.read_snapshot(name), criterion)
+    """(step, scores), in their order; out of the full network where a run of an earlier version recorded no scores."""
+    scored = set(run.score_steps())
+    full = {run.snapshot_step(name): name for name in run.snapshot_names()}
+    for step in sorted(scored | full.keys()):
+        if step in scored:
+            yield step, by_group(run.read_scores(step), criterion)
+        else:
+            yield step, _ranked(run, run.read_snapshot(full[step]), criterion)
 
 
 def _ranked(run: Run, state: State, criterion: str) -> Ranked:
@@ -94,9 +94,9 @@ def _reference(run: Run, reference: str, criterion: str) -> Ranked:
         return _ranked(run, run.read_model(), criterion)
     if reference == "init" or reference.startswith(("epoch:", "step:")):
         name = snapshot_name(reference, "--distance-to")
-        step = run.snapshot_step(name)
-        if step in run.score_steps():
-            return by_group(run.read_scores(step), criterion)
+        for step in run.score_steps():
+            if run.snapshot_name(step) == name:
+                return by_group(run.read_scores(step), criterion)
         return _ranked(run, run.read_snapshot(name), criterion)
     if reference.endswith(".safetensors"):
         tensors = read_tensors(Path(reference))

@@ -20,7 +20,7 @@ from loft_hpc.training.session import Outcome, Watcher
 from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
 
 LEARNING_RATE = 0.03
-"""Default at the start of retraining: the weights are trained already (docs/results.md compares 0.1, 0.05 and 0.03 on digits)."""
+"""Default at the start of retraining: the weights are trained already (docs/decisions/0008)."""
 
 
 @dataclass(frozen=True)

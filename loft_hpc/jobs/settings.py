@@ -21,6 +21,8 @@ def from_json(kind: type[Settings], fields: dict) -> Settings:
     """
     try:
         hints = get_type_hints(kind)
+        if "snapshots" in hints and "snapshots" not in fields and "snapshot_every" in fields:
+            fields = fields | {"snapshots": {"snapshot_every": str(fields["snapshot_every"])}}  # where it stood before
         values = {}
         for field in dataclasses.fields(kind):
             if field.name not in fields and _has_default(field):

@@ -1,10 +1,12 @@
 """`loft sweep`: a ticket from every snapshot of a run, each retrained (the figure on the poster that shows when tickets emerge)."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
@@ -26,6 +28,7 @@ class SweepSettings:
     """What is made of each run's snapshots, the same for all of them."""
 
     prunings: Sequence[Pruning]
+    blocks: str
     at: Sequence[str]
     """Snapshots by name (`init`, `epoch:K`, `step:K`), or `every`."""
     name: str
@@ -38,7 +41,7 @@ class Point:
 
     run: Path
     label: str
-    """Strategy and workers, for instance loft+4."""
+    """Strategy and workers, for instance loft+4; with the folder's name where runs differ in more than their seed."""
     snapshot: str
     """As commands name it, for instance epoch:3."""
     epoch: float
@@ -66,49 +69,57 @@ def sweep(
     `recipe` says how the tickets of a run are retrained. What is done is not done again: tickets and retrained runs that are there are
     used, and an interrupted retraining goes on. Raises LoftError where a sweep of this name was made with another recipe.
     """
-    work = [(Run.open(path), at, pruning) for path in runs for at in _snapshots(path, settings.at) for pruning in settings.prunings]
-    recipes = {run.path: recipe(run) for run, _, _ in work}
-    for path in runs:
-        _agree_on_recipe(path, settings.name, recipes[path], world)
+    opened = {path.resolve(): Run.open(path) for path in runs}
+    work = [(run, at, pruning) for run in opened.values() for at in _snapshots(run, settings.at) for pruning in settings.prunings]
+    labels = _labels(list(opened.values()))
+    recipes = {run.path: recipe(run) for run in opened.values()}
+    for run in opened.values():
+        _agree_on_recipe(run, settings.name, recipes[run.path], world)
     points, taken = [], []
     for number, (run, at, pruning) in enumerate(work, start=1):
         began = time.perf_counter()
-        ticket = _ticket(run, pruning, at, world)
+        ticket = _ticket(run, pruning, settings.blocks, at, world)
         folder = run.path / "sweeps" / settings.name / ticket.path.name
-        known = world.on_root(lambda folder=folder: (folder / "run.json").exists())
-        done = known and Run.open(folder).description.get("status") == "done"
-        world.ledger = Ledger()
+        done = world.on_root(partial(_is_done, folder))
+        world.ledger = Ledger()  # each retraining counts its own
         _, outcome = retrain(ticket, recipes[run.path], folder, True, world, quiet)
         if not done:
             taken.append(time.perf_counter() - began)
-        description = run.description
-        point = Point(
-            run.path, f"{description['configuration']['strategy']}+{description['world_size']}", at,
-            run.snapshot_step(snapshot_name(at, "--at")) / description["steps_per_epoch"], pruning.ratio, outcome.score.accuracy,
-            description["results"]["accuracy"], folder,
-        )  # fmt: skip
-        points.append(point)
-        watcher.point_done(number, len(work), point, sum(taken) / len(taken) * (len(work) - number) if taken else None)
+        epoch = run.snapshot_step(snapshot_name(at, "--at")) / run.required("steps_per_epoch", int)
+        accuracy = outcome.score.accuracy
+        points.append(Point(run.path, labels[run.path], at, epoch, pruning.ratio, accuracy, run.accuracy, folder))
+        left = sum(taken) / len(taken) * (len(work) - number) if taken else None
+        watcher.point_done(number, len(work), points[-1], left)
     return points
 
 
-def _snapshots(path: Path, at: Sequence[str]) -> list[str]:
-    run = Run.open(path)
+def _is_done(folder: Path) -> bool:
+    return (folder / "run.json").exists() and Run.open(folder).description.get("status") == "done"
+
+
+def _labels(runs: Sequence[Run]) -> dict[Path, str]:
+    """Strategy and workers; where runs of one such name differ in more than their seed, the folder's name, which tells them apart."""
+    kinds: dict[str, set[str]] = {}
+    for run in runs:
+        kinds.setdefault(run.label, set()).add(json.dumps(run.configuration | {"seed": None}, sort_keys=True))
+    return {run.path: run.label if len(kinds[run.label]) == 1 else f"{run.label} {run.path.name}" for run in runs}
+
+
+def _snapshots(run: Run, at: Sequence[str]) -> list[str]:
     if run.description.get("kind") != "pretrain" or run.description.get("status") != "done":
-        raise LoftError(f"{path} is no finished pretraining run: finish it with loft pretrain --run {path} --resume first")
+        raise LoftError(f"{run.path} is no finished pretraining run: finish it with loft pretrain --run {run.path} --resume first")
     there = [point_of(name) for name in run.snapshot_names()]
     if list(at) == [EVERY]:
         return there
-    chosen = [point_of(snapshot_name(point, "--at")) for point in at]
+    chosen = list(dict.fromkeys(point_of(snapshot_name(point, "--at")) for point in at))
     for point in chosen:
         if point not in there:
-            raise LoftError(f"{path} has no snapshot {point} with the full network: there are {', '.join(there)}")
+            raise LoftError(f"{run.path} has no snapshot {point} with the full network: there are {', '.join(there)}")
     return chosen
 
 
-def _agree_on_recipe(path: Path, name: str, recipe: RetrainSettings, world: World) -> None:
+def _agree_on_recipe(run: Run, name: str, recipe: RetrainSettings, world: World) -> None:
     """Note how the sweep's tickets are retrained; one name stands for one recipe and one number of ranks."""
-    run = Run.open(path)
     fields = {"world_size": world.size, "retraining": to_json(recipe)}
 
     def check() -> None:
@@ -116,33 +127,36 @@ def _agree_on_recipe(path: Path, name: str, recipe: RetrainSettings, world: Worl
         if not file.exists():
             run.write_sweep(name, fields)
             return
-        earlier = read_json(file)
-        differing = _first_difference(_leaves(earlier), _leaves(fields))
+        differing = _first_difference(_leaves(read_json(file)), _leaves(fields))
         if differing:
             raise LoftError(f"{file.parent} was made with {differing}: repeat that, or give this sweep a --name of its own")
 
     world.on_root(check)
 
 
-def _leaves(fields: dict) -> dict[str, object]:
+def _leaves(fields: dict) -> dict[str, Any]:
     found = {}
     for name, value in fields.items():
         found |= _leaves(value) if isinstance(value, dict) else {name: list(value) if isinstance(value, tuple) else value}
     return found
 
 
-def _first_difference(earlier: dict[str, object], now: dict[str, object]) -> str:
+def _first_difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """As an option; where the data lie and what computes is no part of a recipe."""
     for name, value in earlier.items():
-        if name in now and now[name] != value:
-            return f"{value} ranks" if name == "world_size" else f"--{name.replace('_', '-')} {value}"
+        if name in now and name not in ("data_dir", "download", "loader_workers", "device") and now[name] != value:
+            if name == "world_size":
+                return f"{value} ranks"
+            option = {"seed": "retrain-seed", "milestones": "milestone"}.get(name, name.replace("_", "-"))
+            return f"--{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
     return ""
 
 
-def _ticket(run: Run, pruning: Pruning, at: str, world: World) -> Ticket:
+def _ticket(run: Run, pruning: Pruning, blocks: str, at: str, world: World) -> Ticket:
     """The ticket of a snapshot, drawn unless it is there."""
-    path = run.path / "tickets" / ticket_name(pruning, "all", at)
+    path = run.path / "tickets" / ticket_name(pruning, blocks, at)
     if not world.on_root(path.exists):
-        (ticket,) = draw_tickets(run, [pruning], "all", at)
+        (ticket,) = draw_tickets(run, [pruning], blocks, at)
         world.on_root(ticket.write)
     ticket = Ticket.read(path)
     for name, value in asdict(pruning).items():

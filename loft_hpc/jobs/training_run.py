@@ -97,6 +97,16 @@ def _newest_checkpoint(run: Run, workplace: Workplace, world: World) -> Checkpoi
     return None if step is None else run.read_checkpoint(step)
 
 
+def _observer(run: Run, stopping: Stopping, step: int) -> Emergence:
+    """What has seen the snapshots up to a checkpoint's step. Where it decides nothing, a broken snapshot is no reason to fail."""
+    try:
+        return Emergence(stopping, [run.read_scores(seen) for seen in run.score_steps() if seen <= step])
+    except LoftError:
+        if stopping.stop_when_stable:
+            raise
+        return Emergence(stopping)
+
+
 def train_into(
     where: Destination, kind: str, strategy: Strategy, settings: TrainingSettings, architecture: Architecture,
     hidden_widths: Mapping[str, int] | None, details: Mapping[str, Any], order: Order, workplace: Workplace, world: World,
@@ -120,9 +130,7 @@ def train_into(
     run = world.on_root(lambda: Run.create_or_resume(where.path, where.earlier is not None, kind, to_json(settings), description))
     observer = None
     if stopping:
-        # what was seen before the checkpoint; rank 0 alone observes
-        seen = [step for step in run.score_steps() if checkpoint and step <= checkpoint.step] if world.rank == 0 else []
-        observer = Emergence(stopping, map(run.read_scores, seen))
+        observer = world.on_root(lambda: _observer(run, stopping, checkpoint.step if checkpoint else -1))
     session = Session(
         strategy, architecture, hidden_widths, workplace.data, settings.optimisation, settings.evaluation, settings.snapshots,
         run, world, workplace.device, watcher, observer,

@@ -5,6 +5,7 @@ what a cheap snapshot holds: a few kilobytes in place of the network.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -52,9 +53,10 @@ def score(state: State, group: FilterGroup, criterion: str) -> Tensor:
 
 
 def by_group(scores: Scores, criterion: str) -> dict[str, np.ndarray]:
-    """The scores by one criterion, under the groups' names, in the order in which they stand."""
+    """The scores by one criterion, under the groups' names, in forward order: files keep them in another one."""
     prefix = f"{criterion}/"
-    return {name.removeprefix(prefix): tensor.numpy() for name, tensor in scores.items() if name.startswith(prefix)}
+    found = {name.removeprefix(prefix): tensor.numpy() for name, tensor in scores.items() if name.startswith(prefix)}
+    return dict(sorted(found.items(), key=lambda item: [int(number) for number in re.findall(r"\d{1,9}", item[0])]))
 
 
 def removed_count(filters: int, ratio: float) -> int:

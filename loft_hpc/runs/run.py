@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.runs.files import publish_folder, read_json, read_tensors, write_atomically, write_json, write_tensors
 
+Value = TypeVar("Value")
 KEPT_CHECKPOINTS = 2
 _SCORES = "scores-"
 _PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
@@ -119,6 +121,26 @@ class Run:
     def configuration(self) -> dict:
         return self.description["configuration"]
 
+    def required(self, name: str, kind: type[Value]) -> Value:
+        """An entry of run.json. Raises LoftError where it is missing or of another kind."""
+        value = self.description.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise LoftError(f"{self.path / 'run.json'} does not say its {name}: restore it or make the run anew")
+        return value
+
+    @property
+    def label(self) -> str:
+        """Strategy and workers, for instance loft+4; retrain+2 for a retraining run."""
+        return f"{self.configuration.get('strategy', self.description.get('kind'))}+{self.required('world_size', int)}"
+
+    @property
+    def accuracy(self) -> float:
+        """Of the final network, 0 to 1. Raises LoftError for a run that has not come to its end."""
+        accuracy = self.required("results", dict).get("accuracy")
+        if not isinstance(accuracy, (int, float)):
+            raise LoftError(f"{self.path} has no accuracy yet (status: {self.description.get('status')}): finish it with --resume first")
+        return accuracy
+
     @property
     def architecture(self) -> Architecture:
         return Architecture.from_json(self.description["architecture"])
@@ -162,14 +184,31 @@ class Run:
 
     def snapshot_names(self) -> list[str]:
         """Of the snapshots that hold the full network, in the order in which they were taken."""
-        found = [file.stem for file in self._snapshots.glob("*.safetensors") if file.stem.startswith(("epoch-", "step-"))]
+        found = [file.stem for file in self._snapshots.glob("*.safetensors") if re.fullmatch(r"(epoch|step)-\d{1,9}", file.stem)]
         return sorted(found, key=self.snapshot_step)
 
+    def snapshot_name(self, step: int) -> str:
+        """What a snapshot after so many steps is called: `epoch-NNN` for the epochs done, a last one that is not whole counting.
+
+        `step-NNNNNN` where snapshots are counted in steps, but for the first and the last.
+        """
+        total, per_epoch = self.required("total_steps", int), self.required("steps_per_epoch", int)
+        snapshots = self.configuration.get("snapshots")
+        in_steps = isinstance(snapshots, dict) and str(snapshots.get("snapshot_every")).endswith("it")
+        if in_steps and 0 < step < total:
+            return f"step-{step:06d}"
+        return f"epoch-{math.ceil(step / per_epoch) if step >= total else step // per_epoch:03d}"
+
     def snapshot_step(self, name: str) -> int:
-        """The step after which a snapshot was taken; that of a LoFT epoch's end up to a round earlier than it was."""
+        """The step after which a snapshot was taken.
+
+        Where no scores tell (runs of earlier versions), an epoch's end, which under LoFT may be up to a round early.
+        """
+        for step in self.score_steps():
+            if self.snapshot_name(step) == name:
+                return step
         unit, number = name.split("-")
-        last = self.description.get("results", {}).get("steps", self.description["total_steps"])
-        return int(number) if unit == "step" else min(int(number) * self.description["steps_per_epoch"], last)
+        return int(number) * (1 if unit == "step" else self.required("steps_per_epoch", int))
 
     def write_scores(self, step: int, scores: Mapping[str, Tensor]) -> None:
         write_tensors(self._snapshots / f"{_SCORES}{step:06d}.safetensors", scores)
@@ -180,7 +219,7 @@ class Run:
     def score_steps(self) -> list[int]:
         """The steps after which the filters' scores were recorded."""
         names = [file.stem.removeprefix(_SCORES) for file in self._snapshots.glob(f"{_SCORES}*.safetensors")]
-        return sorted(int(name) for name in names if name.isdigit())
+        return sorted(int(name) for name in names if re.fullmatch(r"\d{6,9}", name))
 
     def sweep_path(self, name: str) -> Path:
         return self.path / "sweeps" / name / "sweep.json"

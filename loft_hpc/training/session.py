@@ -62,6 +62,9 @@ class Observation:
 class Observer(Protocol):
     """Follows the rankings of the filters from snapshot to snapshot; on rank 0 alone."""
 
+    stop: bool
+    """Whether the last snapshot that was seen said that the training may end."""
+
     def see(self, scores: Scores) -> Observation:
         """The next snapshot's scores."""
         ...
@@ -110,7 +113,7 @@ class Session:
         self._run = run if world.rank == 0 else None
         self._path = run.path
         self._optimisation, self._evaluation = optimisation, evaluation
-        self._full_snapshots, self._interval = snapshots.snapshot_tensors, snapshots.every
+        self._full_snapshots, self._snapshot_name = snapshots.snapshot_tensors, run.snapshot_name
         self._snapshot_steps = snapshots.every.steps(strategy.steps_per_epoch)
         self._watched, self._observer = observer is not None, observer
         self._distance: float | None = None
@@ -148,7 +151,9 @@ class Session:
         self._watcher.started(str(self._path), total, self._step)
         if self._step == 0:
             self._snapshot(last=False)
-        score, stop, stretch = None, False, _Stretch(self._step, watch.seconds)
+        # A run that was interrupted just after its stop was decided stays stopped.
+        stop = self._step > 0 and self._watched and self._world.on_root(lambda: self._observer.stop)
+        score, stretch = None, _Stretch(self._step, watch.seconds)
         while self._step < total and not stop:
             begin = self._step
             done = strategy.advance(min(total, *(next_multiple(begin, every) for every in (per_epoch, self._snapshot_steps) if every)))
@@ -160,17 +165,18 @@ class Session:
             seconds, last = watch.seconds - stretch.began_seconds, done.step >= total
             if last or passes(begin, done.step, self._snapshot_steps):
                 stop = self._snapshot(last) and not last
-            if not (last or stop or passes(stretch.first_step, done.step, per_epoch)):
+                stretch.began_seconds = watch.seconds - seconds  # its own time does not count
+            whole = passes(stretch.first_step, done.step, per_epoch)
+            if not (last or stop or whole):
                 continue
-            ended = last or stop
-            epoch = math.ceil(done.step / per_epoch) if ended else done.step // per_epoch
+            epoch = done.step // per_epoch if whole and not last else math.ceil(done.step / per_epoch)
             loss = self._mean_over_ranks(stretch.mean_loss)
             self._log(
                 "epoch", epoch=epoch, step=done.step, loss=loss, lr=self._optimisation.lr_at(done.step - 1, total),
                 train_wall_seconds=seconds, exchange_seconds=stretch.exchange_seconds,
                 images_per_second_per_rank=stretch.steps * strategy.batch_images / seconds,
             )  # fmt: skip
-            score = self._end_of_epoch(epoch, stretch.first_step // per_epoch, ended)
+            score = self._end_of_epoch(epoch, stretch.first_step // per_epoch, last or stop)
             self._watcher.epoch_ended(epoch, epochs, loss, score, self._distance, seconds)
             stretch = _Stretch(done.step, watch.seconds)
         if stop:
@@ -203,15 +209,8 @@ class Session:
         if self._full_snapshots or last or stop or self._step == 0:
             state = self._strategy.full_state()
             if self._run:
-                self._run.write_snapshot(self._snapshot_name(last or stop), state)
+                self._run.write_snapshot(self._snapshot_name(self._step), state)
         return stop
-
-    def _snapshot_name(self, last: bool) -> str:
-        """`epoch-NNN`; `step-NNNNNN` for snapshots that are counted in steps, but for the first and the last."""
-        if self._interval.unit == "it" and not last and self._step:
-            return f"step-{self._step:06d}"
-        epochs = self._step / self._strategy.steps_per_epoch
-        return f"epoch-{math.ceil(epochs) if last else int(epochs):03d}"
 
     def _end_of_epoch(self, epoch: int, earlier: int, last: bool) -> Score | None:
         """Evaluation, when it is due (a round may end several epochs after the `earlier` one), and a checkpoint."""

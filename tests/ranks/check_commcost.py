@@ -7,6 +7,7 @@ import pytest
 
 from loft_hpc.cli.main import run
 from loft_hpc.jobs.commcost import run_cost
+from loft_hpc.runs.run import Run
 
 SIZES = (2, 3, 4)
 SMALL = ["--model", "resnet20", "--batch-size", "48", "--statistics-batches", "2", "--epochs", "2", "--evaluate-every", "2"]
@@ -64,6 +65,8 @@ def test_ledger_equals_the_formula(world, folder, name):
     options, rows = CASES[name]
     path = folder / name.replace(", ", "-")
     assert run(["pretrain", *SMALL, *options, "--run", str(path)]) == 0
+    world.barrier()
+    assert Run.open(path).description["results"]["stopped_early"] == ("stopped" in name)
     check(world, path, rows)
 
 

@@ -145,7 +145,9 @@ def test_a_stopped_run_is_the_beginning_of_the_whole_one(world, folder, whole, s
     assert stopping_step(complete.path, Stopping(tolerance=0.0, patience=4)) is None
     last, model = complete.read_snapshot(complete.snapshot_names()[number + 1]), stopped.read_model()
     assert all(torch.equal(last[name], model[name]) for name in last)
-    assert stopped.snapshot_names()[-1] == f"epoch-{-(-second // 22):03d}"
+    assert stopped.snapshot_names() == complete.snapshot_names()[: number + 2]
+    assert stopped.events("snapshot") == complete.events("snapshot")[: number + 1]
+    assert [event["epoch"] for event in stopped.events("epoch")] == list(range(1, number + 2))
     assert stopped.events("eval")[-1]["step"] == second
     # a finished run stays as it is
     before = (stopped.path / "run.json").read_text()
@@ -175,7 +177,62 @@ def test_an_interrupted_run_stops_where_it_would_have(world, folder, whole, stra
     assert again.description["results"]["steps"] == end and again.description["results"]["stopped_early"]
     one, other = stopped.read_model(), again.read_model()
     assert all(torch.equal(one[name], other[name]) for name in one)
+    # ended between the checkpoint of the stop and the end: it stays stopped
+    world.barrier()
+    if world.rank == 0:
+        (copy / "model.safetensors").unlink()
+        (copy / "run.json").write_text((copy / "run.json").read_text().replace('"status": "done"', '"status": "running"'))
+    world.barrier()
+    assert run(["pretrain", "--run", str(copy), "--resume"]) == 0
+    world.barrier()
+    again = Run.open(copy)
+    assert again.description["results"]["steps"] == end and again.description["results"]["stopped_early"]
+    other = again.read_model()
+    assert all(torch.equal(one[name], other[name]) for name in one)
     assert [event["step"] for event in again.events("snapshot")] == [event["step"] for event in stopped.events("snapshot")]
+
+
+@pytest.mark.parametrize("stopping", [True, False])
+def test_a_torn_snapshot_is_no_reason_to_fail_unless_it_decides(world, capsys, folder, stopping):
+    path = folder / f"torn-{stopping}"
+    limits = ["--stop-when-stable", "--tolerance", "0"] if stopping else []
+    pretrain(path, *limits)
+    world.barrier()
+    if world.rank == 0:
+        shutil.rmtree(path / "checkpoints" / "000088")
+        first = path / "snapshots" / "scores-000000.safetensors"
+        first.write_bytes(first.read_bytes()[:-9])
+        (path / "run.json").write_text((path / "run.json").read_text().replace('"status": "done"', '"status": "running"'))
+    world.barrier()
+    if stopping:
+        code, told = refuse(world, capsys, "pretrain", "--run", path, "--resume")
+        assert code == 1 and "scores-000000" in told
+    else:
+        assert run(["pretrain", "--run", str(path), "--resume"]) == 0
+
+
+def test_foreign_and_broken_files_are_told_in_a_line(world, capsys, folder, whole):
+    copy = folder / "strange"
+    if world.rank == 0:
+        shutil.copytree(whole["loft"].path, copy)
+        for name in ("epoch-003-old", "epoch-final", "step-x", "scores-later", "notes"):
+            (copy / "snapshots" / f"{name}.safetensors").write_bytes(b"")
+    world.barrier()
+    assert len(ask(world, capsys, "measure", copy, "--distance-to", "final")["distances"]) == 5
+    assert "there are epoch:0, epoch:1" in refuse(world, capsys, "prune", copy, "--at", "epoch:7")[1]
+    assert "no snapshot epoch:99" in refuse(world, capsys, "measure", copy, "--distance-to", "epoch:99")[1]
+    for name in ("steps_per_epoch", "world_size", "results"):
+        world.barrier()
+        if world.rank == 0:
+            description = json.loads((whole["loft"].path / "run.json").read_text())
+            description[name] = "many"
+            (copy / "run.json").write_text(json.dumps(description))
+        world.barrier()
+        commands = [("sweep", copy, "--epochs", "1", "--name", "other", "--ratio", "0.8", "--at", "epoch:1")]
+        commands += [("measure", copy, "--distance-to", "final")] if name != "results" else []
+        for command in commands:
+            code, told = refuse(world, capsys, *command)
+            assert code == 1 and name in told
 
 
 def test_early_birds_rule_ends_a_training_too(world, folder, whole):
@@ -239,12 +296,31 @@ def test_an_interrupted_sweep_goes_on(world, capsys, folder, whole):
     assert ask(world, capsys, "sweep", path, *recipe)["points"][0]["accuracy"] == expected
 
 
+def test_runs_that_are_not_alike_are_not_averaged(world, capsys, folder, whole):
+    """Other seeds are one curve; another recipe is a curve of its own."""
+    options = ["--local-iterations", "5", "--epochs", "1", "--evaluate-every", "1"]
+    other_seed, other_rate = folder / "other-seed", folder / "other-rate"
+    for path, own in ((other_seed, ["--seed", "1"]), (other_rate, ["--lr", "0.01"]), (folder / "same", [])):
+        pretrain(path, *options, *own)
+        world.barrier()
+    recipe = ["--epochs", "1", "--statistics-batches", "2", "--ratio", "0.8", "--at", "init", "--at", "epoch:0"]
+    alike = ask(world, capsys, "sweep", folder / "same", other_seed, *recipe)["points"]
+    assert [point["label"] for point in alike] == [f"loft+{world.size}"] * 2  # init and epoch:0 are one snapshot
+    mixed = ask(world, capsys, "sweep", folder / "same", other_rate, *recipe)["points"]
+    assert [point["label"] for point in mixed] == [f"loft+{world.size} same", f"loft+{world.size} other-rate"]
+    # the blocks of a preset's [prune] are those of its sweep
+    preset = ["--preset", "cifar10-resnet34", "--name", "poster", "--epochs", "1", "--batch-size", "128", "--ratio", "0.5", "--at", "init"]
+    (point,) = ask(world, capsys, "sweep", folder / "same", *preset)["points"]
+    assert point["retrained"].endswith("magnitude-l2-release-0.5-epoch-0")
+
+
 def test_sweep_refuses(world, capsys, folder, whole):
     path = whole["loft"].path
     code, told = refuse(world, capsys, "sweep", path, "--epochs", "2", "--statistics-batches", "2")
     assert code == 1 and "--epochs 1" in told and "--name" in told
     assert refuse(world, capsys, "sweep", path, "--at", "every", "--at", "init")[0] == 2
     assert refuse(world, capsys, "sweep", path, path)[0] == 2
+    assert refuse(world, capsys, "sweep", path, path / ".." / path.name)[0] == 2
     assert refuse(world, capsys, "sweep", path, "--at", "epoch:11")[0] == 1
     assert refuse(world, capsys, "sweep", path, "--name", "../x")[0] == 2
     assert refuse(world, capsys, "sweep", path, "--plot", "x.pdf")[0] == 2
@@ -276,7 +352,9 @@ def test_distances_are_drawn(world, capsys, folder, whole):
     world.barrier()
     assert one.stat().st_size > 10_000 and several.stat().st_size > one.stat().st_size
     assert refuse(world, capsys, "measure", whole["loft"].path, "--distance-to", "final", "--plot", folder / "x.txt")[0] == 2
-    assert refuse(world, capsys, "measure", whole["loft"].path, "--plot", one)[0] == 2
+    for option in (("--plot", one), ("--ratio", "0.8"), ("--norm", "l1")):
+        assert "--distance-to" in refuse(world, capsys, "measure", whole["loft"].path, *option)[1]
+    assert refuse(world, capsys, "measure", whole["loft"].path, "--distance-to", "final", "--latency-batch", "3")[0] == 2
     code, text = refuse(world, capsys, "measure", whole["loft"].path, "--distance-to", folder / "one.png")
     assert code == 1 and "neither a run nor a ticket" in text
 
@@ -297,6 +375,11 @@ def test_the_theorems_figures_do_not_depend_on_the_ranks(world, capsys, folder):
     fields = ask(world, capsys, "theory", *small, "--plot", folder / "theory.png")
     assert len(fields["cells"]) == 2 and fields["remarks"] and fields["cells"][0]["total"] > 0
     assert refuse(world, capsys, "theory", "--filters", "4", "--workers", "8")[0] == 2
+    assert refuse(world, capsys, "theory", "--filters", "9", "--workers", "2")[0] == 2
+    assert refuse(world, capsys, "theory", "--filters", "8", "--filters", "8")[0] == 2
+    assert refuse(world, capsys, "theory", "--eta", "nan")[0] == 2
+    code, told = refuse(world, capsys, "theory", *small, "--eta", "1e6", "--steps", "100")
+    assert code == 1 and "--eta" in told
     assert refuse(world, capsys, "theory", "--patch-size", "3")[0] == 2
     assert refuse(world, capsys, "theory", "--eta", "-1")[0] == 2
     assert refuse(world, capsys, "theory", "--plot", "x.pdf")[0] == 2
