@@ -50,6 +50,8 @@ def tickets(study: Study, points: Sequence[dict[str, Any]]) -> str:
     for ratio, epochs in CURVE.items():
         for label in STRATEGIES:
             mine = [point for point in drawn if (point.label, point.ratio) == (label, ratio)]
+            if not mine:
+                continue
             cells = []
             for epoch in CURVE[0.8]:
                 values = [100 * point.accuracy for point in mine if point.snapshot == f"epoch:{epoch}"]

@@ -149,7 +149,7 @@ class Point(Protocol):
 def plot_sweep(points: Sequence[Point], path: Path) -> None:
     """Accuracy after retraining over the snapshot's epoch: a curve for each label and pruning ratio, a line for the dense network.
 
-    Several runs of one label are averaged, with the 95 % interval of their mean (Student).
+    Several runs of one label are averaged; three and more with the 95 % interval of their mean (Student).
     """
     labels = list(dict.fromkeys(point.label for point in points))
     ratios = sorted({point.ratio for point in points}, reverse=True)
@@ -157,10 +157,12 @@ def plot_sweep(points: Sequence[Point], path: Path) -> None:
         for axes, ratio in zip(panels[0], ratios, strict=True):
             for label, (colour, marker) in zip(labels, _cycle(), strict=False):
                 mine = [point for point in points if point.label == label and point.ratio == ratio]
+                if not mine:
+                    continue
                 snapshots = list(dict.fromkeys(point.snapshot for point in mine))
                 groups = [[point for point in mine if point.snapshot == snapshot] for snapshot in snapshots]
                 epochs = [float(np.mean([point.epoch for point in group])) for group in groups]
-                means, halves = zip(*(mean_interval([100 * point.accuracy for point in group]) for group in groups), strict=True)
+                means, halves = zip(*(_interval([100 * point.accuracy for point in group]) for group in groups), strict=True)
                 axes.errorbar(epochs, means, yerr=halves, color=colour, marker=marker, capsize=3, label=f"{label}, ticket retrained")
                 dense, _ = mean_interval([100 * accuracy for accuracy in {point.run: point.dense_accuracy for point in mine}.values()])
                 axes.axhline(dense, color=colour, linestyle="--", linewidth=1, label=f"{label}, dense network")
@@ -168,7 +170,13 @@ def plot_sweep(points: Sequence[Point], path: Path) -> None:
             axes.set_xlabel("epoch of pretraining whose ticket is retrained")
             axes.grid(alpha=0.3)
         panels[0][0].set_ylabel("test accuracy (%)")
-        panels[0][-1].legend(fontsize=8)
+        panels[0][0].legend(fontsize=8)
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """As `mean_interval`; that of two values would dwarf the plot."""
+    mean, half = mean_interval(values)
+    return mean, half if len(values) > 2 else float("nan")
 
 
 class Cell(Protocol):
