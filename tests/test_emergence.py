@@ -124,9 +124,9 @@ def test_wrong_settings_are_refused(wrong):
 def test_scores_after_a_checkpoint_are_forgotten(tmp_path):
     run_ = Run(tmp_path, {})
     for step in (0, 10, 20):
-        run_.write_scores(step, swapped(4))
+        run_.snapshots.write_scores(step, swapped(4))
     run_.forget_after(10)
-    assert run_.score_steps() == [0, 10]
+    assert run_.snapshots.score_steps() == [0, 10]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -163,8 +163,8 @@ def test_scores_read_back_stand_in_forward_order(tmp_path):
     ]
     snapshots.append({name: tensor.clone() for name, tensor in snapshots[0].items()})
     run_ = Run(tmp_path, {})
-    run_.write_scores(0, snapshots[0])
-    back = run_.read_scores(0)
+    run_.snapshots.write_scores(0, snapshots[0])
+    back = run_.snapshots.read_scores(0)
     assert list(by_group(back, "l2")) == [f"layer1.{block}" for block in range(12)]
     emergence = Emergence(Stopping(), [back])
     seen = emergence.see(snapshots[1])
@@ -182,9 +182,9 @@ def test_names_of_snapshots_and_their_steps(tmp_path):
     description = {"steps_per_epoch": 10, "total_steps": 25, "configuration": {"snapshots": {"snapshot_every": "1ep"}}}
     run_ = Run(tmp_path, description)
     for step in (0, 12, 20, 25):
-        run_.write_scores(step, swapped(4))
-        run_.write_snapshot(run_.snapshot_name(step), swapped(4))
-    assert run_.snapshot_names() == ["epoch-000", "epoch-001", "epoch-002", "epoch-003"]
-    assert [run_.snapshot_step(name) for name in run_.snapshot_names()] == [0, 12, 20, 25]
+        run_.snapshots.write_scores(step, swapped(4))
+        run_.snapshots.write(run_.snapshots.name(step), swapped(4))
+    assert run_.snapshots.names() == ["epoch-000", "epoch-001", "epoch-002", "epoch-003"]
+    assert [run_.snapshots.step(name) for name in run_.snapshots.names()] == [0, 12, 20, 25]
     description["configuration"]["snapshots"]["snapshot_every"] = "12it"
-    assert [run_.snapshot_name(step) for step in (0, 12, 24, 25)] == ["epoch-000", "step-000012", "step-000024", "epoch-003"]
+    assert [run_.snapshots.name(step) for step in (0, 12, 24, 25)] == ["epoch-000", "step-000012", "step-000024", "epoch-003"]

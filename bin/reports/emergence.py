@@ -64,7 +64,7 @@ def tickets(study: Study, points: Sequence[dict[str, Any]]) -> str:
 def _until(run: Path, snapshot: str) -> tuple[float, float, float]:
     """(epochs, gigabytes delivered to the ranks, seconds of training) up to a snapshot."""
     opened = Run.open(run)
-    step = opened.snapshot_step(_name(snapshot))
+    step = opened.snapshots.step(_name(snapshot))
     delivered = next(event["payload_received_bytes"] for event in opened.events("ledger") if event["step"] == step)
     seconds = sum(event["train_wall_seconds"] for event in opened.events("epoch") if event["step"] <= step)
     return step / opened.required("steps_per_epoch", int), delivered / 1e9, seconds
@@ -112,7 +112,7 @@ def stopped(study: Study) -> str:
         whole = study.run(dataset, "loft+4", 1)
         path, results = study.stop(dataset)
         stop = stops_at(whole, Stopping())
-        snapshot, model = Run.open(whole).read_snapshot(_name(stop)), Run.open(path).read_model()
+        snapshot, model = Run.open(whole).snapshots.read(_name(stop)), Run.open(path).read_model()
         same = all(torch.equal(snapshot[name], model[name]) for name in snapshot)
         full = Run.open(whole).required("results", dict)
         rows.append(

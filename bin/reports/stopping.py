@@ -15,7 +15,8 @@ import click
 
 from loft_hpc.filterwise.emergence import Stopping
 from loft_hpc.jobs.distances import stopping_step
-from loft_hpc.runs.run import Run, point_of
+from loft_hpc.runs.run import Run
+from loft_hpc.runs.snapshots import point_of
 
 from trainings import side_by_side, sweep, train
 
@@ -38,7 +39,7 @@ SETTINGS |= {
 def stops_at(run: Path, setting: Stopping) -> str:
     """The snapshot at which the training would have stopped, as commands name it; the last one if it never would."""
     opened = Run.open(run)
-    names, steps = opened.snapshot_names(), opened.score_steps()
+    names, steps = opened.snapshots.names(), opened.snapshots.score_steps()
     step = stopping_step(run, setting)
     return point_of(names[-1] if step is None else names[steps.index(step)])
 
@@ -61,7 +62,7 @@ def main(seeds: tuple[int, ...], folder: Path) -> None:
         epochs, losses = [], []
         for paths in runs.values():
             stops = [stops_at(path, setting) for path in paths]
-            last = [point_of(Run.open(path).snapshot_names()[-1]) for path in paths]
+            last = [point_of(Run.open(path).snapshots.names()[-1]) for path in paths]
             epochs.append(statistics.mean(int(stop.split(":")[1]) for stop in stops))
             losses.append(
                 statistics.mean(accuracies[path, stop] - accuracies[path, end] for path, stop, end in zip(paths, stops, last, strict=True))

@@ -205,7 +205,7 @@ def plot_theory(cells: Sequence[Cell], path: Path) -> None:
                 means, halves = zip(*map(mean_interval, values), strict=True)
                 axes.errorbar(filters, means, yerr=halves, color=colour, marker=marker, capsize=3, label=f"S = {workers}")
                 highest = max(highest, means[0])
-            if highest:
+            if highest and term != "spread":
                 reference = [highest * (m / filters[0]) ** -0.25 for m in filters]
                 axes.plot(filters, reference, color="grey", linestyle=":", label="$m^{-1/4}$")
             axes.set_xscale("log", base=2)

@@ -17,7 +17,7 @@ import numpy as np
 from loft_hpc.analysis.distance import global_mask, mask_distance, mean_normalised, score_distance
 from loft_hpc.errors import LoftError
 from loft_hpc.models.scores import BN_SCALE, Scores, by_group
-from loft_hpc.training.session import Observation
+from loft_hpc.training.watching import Observation
 
 RULES = {"filter-distance": (0.1, 2), "mask-distance": (0.1, 4)}
 """(tolerance, patience) that each rule has by default: docs/decisions/0009, and Early-Bird's own."""

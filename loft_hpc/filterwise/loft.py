@@ -17,7 +17,7 @@ from loft_hpc.filterwise.subnetwork import SubNetwork
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import PARTITION_RULES, State, everything, filter_groups, partitioned_groups
 from loft_hpc.models.scores import filter_scores
-from loft_hpc.runs.run import Checkpoint
+from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.interval import passes
 from loft_hpc.training.settings import Optimisation
 from loft_hpc.training.strategy import Advance, Strategy, everybodys_scores, refuse_other_network

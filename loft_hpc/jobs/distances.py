@@ -76,13 +76,13 @@ def distances(path: Path, reference: str, criterion: str, ratio: float = 0.0) ->
 
 def _snapshots(run: Run, criterion: str) -> Iterator[tuple[int, Ranked]]:
     """(step, scores), in their order; out of the full network where a run of an earlier version recorded no scores."""
-    scored = set(run.score_steps())
-    full = {run.snapshot_step(name): name for name in run.snapshot_names()}
+    scored = set(run.snapshots.score_steps())
+    full = {run.snapshots.step(name): name for name in run.snapshots.names()}
     for step in sorted(scored | full.keys()):
         if step in scored:
-            yield step, by_group(run.read_scores(step), criterion)
+            yield step, by_group(run.snapshots.read_scores(step), criterion)
         else:
-            yield step, _ranked(run, run.read_snapshot(full[step]), criterion)
+            yield step, _ranked(run, run.snapshots.read(full[step]), criterion)
 
 
 def _ranked(run: Run, state: State, criterion: str) -> Ranked:
@@ -94,10 +94,10 @@ def _reference(run: Run, reference: str, criterion: str) -> Ranked:
         return _ranked(run, run.read_model(), criterion)
     if reference == "init" or reference.startswith(("epoch:", "step:")):
         name = snapshot_name(reference, "--distance-to")
-        for step in run.score_steps():
-            if run.snapshot_name(step) == name:
-                return by_group(run.read_scores(step), criterion)
-        return _ranked(run, run.read_snapshot(name), criterion)
+        for step in run.snapshots.score_steps():
+            if run.snapshots.name(step) == name:
+                return by_group(run.snapshots.read_scores(step), criterion)
+        return _ranked(run, run.snapshots.read(name), criterion)
     if reference.endswith(".safetensors"):
         tensors = read_tensors(Path(reference))
         scored = all(name.startswith(tuple(f"{known}/" for known in CRITERIA)) for name in tensors)
@@ -113,4 +113,4 @@ def stopping_step(path: Path, stopping: Stopping) -> int | None:
     """The step after which a run would have stopped under other settings than its own, from its recorded scores; None for never."""
     run = Run.open(path)
     emergence = Emergence(replace(stopping, stop_when_stable=True))
-    return next((step for step in run.score_steps() if emergence.see(run.read_scores(step)).stop), None)
+    return next((step for step in run.snapshots.score_steps() if emergence.see(run.snapshots.read_scores(step)).stop), None)

@@ -18,9 +18,10 @@ from loft_hpc.models.resnet import build
 from loft_hpc.pipeline.gpipe import GPipe, PipelineSettings
 from loft_hpc.runs.run import Run
 from loft_hpc.training.dataparallel import DataParallel
-from loft_hpc.training.session import Outcome, Watcher
+from loft_hpc.training.session import Outcome
 from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
 from loft_hpc.training.strategy import Strategy
+from loft_hpc.training.watching import Watcher
 
 STRATEGIES = ("loft", "data-parallel", "gpipe")
 

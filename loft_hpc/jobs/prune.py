@@ -52,7 +52,7 @@ def draw_tickets(run: Run, prunings: Sequence[Pruning], blocks: str, at: str, na
         file, state = run.model_path, run.read_model()
     else:
         snapshot = snapshot_name(at, "--at")
-        file, state = run.snapshot_path(snapshot), run.read_snapshot(snapshot)
+        file, state = run.snapshots.path(snapshot), run.snapshots.read(snapshot)
     network_for(architecture, None, state, torch.device("cpu"), str(file))
     pruned_groups = prunable_groups(groups, blocks)
     tickets = []

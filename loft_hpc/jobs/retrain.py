@@ -16,8 +16,9 @@ from loft_hpc.models.groups import parameters_of
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.dataparallel import DataParallel
-from loft_hpc.training.session import Outcome, Watcher
+from loft_hpc.training.session import Outcome
 from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.watching import Watcher
 
 LEARNING_RATE = 0.03
 """Default at the start of retraining: the weights are trained already (docs/decisions/0008)."""
@@ -64,7 +65,7 @@ def starting_weights(ticket: Ticket, rewind: str) -> dict[str, Tensor]:
         raise LoftError(
             f"{ticket.path} does not lie in its run any more (RUN/tickets/NAME), so there is nothing to rewind to: move it back"
         )
-    return ticket.slice(Run.open(ticket.run_path).read_snapshot(snapshot_name(rewind, "--rewind")))
+    return ticket.slice(Run.open(ticket.run_path).snapshots.read(snapshot_name(rewind, "--rewind")))
 
 
 def ticket_data(ticket: Ticket) -> DataSettings:

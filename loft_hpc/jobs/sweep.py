@@ -15,10 +15,11 @@ from loft_hpc.jobs.prune import draw_tickets, ticket_name
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import to_json
 from loft_hpc.runs.files import read_json
-from loft_hpc.runs.run import Run, point_of
+from loft_hpc.runs.run import Run
+from loft_hpc.runs.snapshots import point_of
 from loft_hpc.tickets.finders import Pruning
 from loft_hpc.tickets.ticket import Ticket
-from loft_hpc.training.session import Watcher
+from loft_hpc.training.watching import Watcher
 
 EVERY = "every"
 
@@ -85,7 +86,7 @@ def sweep(
         _, outcome = retrain(ticket, recipes[run.path], folder, True, world, quiet)
         if not done:
             taken.append(time.perf_counter() - began)
-        epoch = run.snapshot_step(snapshot_name(at, "--at")) / run.required("steps_per_epoch", int)
+        epoch = run.snapshots.step(snapshot_name(at, "--at")) / run.required("steps_per_epoch", int)
         accuracy = outcome.score.accuracy
         points.append(Point(run.path, labels[run.path], at, epoch, pruning.ratio, accuracy, run.accuracy, folder))
         left = sum(taken) / len(taken) * (len(work) - number) if taken else None
@@ -108,7 +109,7 @@ def _labels(runs: Sequence[Run]) -> dict[Path, str]:
 def _snapshots(run: Run, at: Sequence[str]) -> list[str]:
     if run.description.get("kind") != "pretrain" or run.description.get("status") != "done":
         raise LoftError(f"{run.path} is no finished pretraining run: finish it with loft pretrain --run {run.path} --resume first")
-    there = [point_of(name) for name in run.snapshot_names()]
+    there = [point_of(name) for name in run.snapshots.names()]
     if list(at) == [EVERY]:
         return there
     chosen = list(dict.fromkeys(point_of(snapshot_name(point, "--at")) for point in at))

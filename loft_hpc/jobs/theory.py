@@ -133,7 +133,15 @@ def _remarks(found: Theory, settings: TheorySettings) -> list[str]:
             "The bound allows what does not fall with m: its second term does not depend on m. Its first term falls as m^(-1/4); what "
             "falls faster is within the bound, which then is not tight in m here."
         )
-    several, large = sorted(set(settings.workers) - {1}), max(settings.filters)
+    several, sizes = sorted(set(settings.workers) - {1}), sorted(settings.filters)
+    large = sizes[-1]
+    if several and len(sizes) > 1 and settings.deals > 1:
+        growth = [found.mean(large, count, "spread")[0] / found.mean(sizes[-2], count, "spread")[0] for count in several]
+        remarks.append(
+            f"From m = {sizes[-2]} to {large} the spread changes by a factor "
+            + ", ".join(f"{factor:.2f} (S = {count})" for factor, count in zip(growth, several, strict=True))
+            + ": a spread that went on growing with m would contradict the bound, one that levels off does not."
+        )
     if len(several) > 1 and settings.deals > 1:
         few, many = several[0], several[-1]
         measured = found.mean(large, many, "spread")[0] / found.mean(large, few, "spread")[0]

@@ -15,12 +15,14 @@ from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.emergence import Emergence, Stopping
 from loft_hpc.jobs.settings import to_json
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.runs.run import Checkpoint, Run, claim_default_path
+from loft_hpc.runs.checkpoints import Checkpoint
+from loft_hpc.runs.run import Run, claim_default_path
 from loft_hpc.training.device import Placement, place
 from loft_hpc.training.evaluation import Score
-from loft_hpc.training.session import Outcome, Session, Watcher
+from loft_hpc.training.session import Outcome, Session
 from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
 from loft_hpc.training.strategy import Strategy
+from loft_hpc.training.watching import Watcher
 
 
 class TrainingSettings(Protocol):
@@ -93,14 +95,14 @@ def _newest_checkpoint(run: Run, workplace: Workplace, world: World) -> Checkpoi
     """The same one on every rank, chosen by rank 0. Raises LoftError if the data are not those that the run was started with."""
     if run.description.get("data", {}).get("fingerprint") != workplace.data.info.fingerprint:
         raise LoftError(f"the images of {workplace.data.info.name} are not those that {run.path} was started with: start another run")
-    step = world.on_root(run.newest_checkpoint_step)
-    return None if step is None else run.read_checkpoint(step)
+    step = world.on_root(run.checkpoints.newest_step)
+    return None if step is None else run.checkpoints.read(step)
 
 
 def _observer(run: Run, stopping: Stopping, step: int) -> Emergence:
     """What has seen the snapshots up to a checkpoint's step. Where it decides nothing, a broken snapshot is no reason to fail."""
     try:
-        return Emergence(stopping, [run.read_scores(seen) for seen in run.score_steps() if seen <= step])
+        return Emergence(stopping, [run.snapshots.read_scores(seen) for seen in run.snapshots.score_steps() if seen <= step])
     except LoftError:
         if stopping.stop_when_stable:
             raise

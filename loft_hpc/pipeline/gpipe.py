@@ -16,7 +16,7 @@ from loft_hpc.models.groups import everything, filter_groups
 from loft_hpc.models.scores import filter_scores
 from loft_hpc.pipeline.pipeline import Pipeline
 from loft_hpc.pipeline.stages import Stage, check_split, cuts, parts
-from loft_hpc.runs.run import Checkpoint
+from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.settings import Optimisation

@@ -1,16 +1,12 @@
-"""A run on disk: the one place that knows its files' names (docs/file-formats.md), and their only writer."""
+"""A run on disk: its description, final network and logs; with `snapshots` and `checkpoints`, the only writers of files (docs/file-formats.md)."""
 
 import itertools
 import json
 import math
-import os
 import platform
-import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,11 +18,11 @@ import loft_hpc
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.runs.files import publish_folder, read_json, read_tensors, write_atomically, write_json, write_tensors
+from loft_hpc.runs.checkpoints import Checkpoints
+from loft_hpc.runs.files import read_json, read_tensors, write_atomically, write_json, write_tensors
+from loft_hpc.runs.snapshots import Snapshots
 
 Value = TypeVar("Value")
-KEPT_CHECKPOINTS = 2
-_SCORES = "scores-"
 _PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
 
 
@@ -166,60 +162,12 @@ class Run:
         return read_tensors(self.model_path)
 
     @property
-    def _snapshots(self) -> Path:
-        return self.path / "snapshots"
+    def snapshots(self) -> Snapshots:
+        return Snapshots(self)
 
-    def snapshot_path(self, name: str) -> Path:
-        return self._snapshots / f"{name}.safetensors"
-
-    def write_snapshot(self, name: str, state: Mapping[str, Tensor]) -> None:
-        write_tensors(self.snapshot_path(name), state)
-
-    def read_snapshot(self, name: str) -> dict[str, Tensor]:
-        """The full network of a snapshot, for instance `epoch-003`. Raises LoftError where there is none."""
-        if not self.snapshot_path(name).exists():
-            there = ", ".join(point_of(other) for other in self.snapshot_names()) or "none"
-            raise LoftError(f"{self.path} has no snapshot {point_of(name)} with the full network: there are {there}")
-        return read_tensors(self.snapshot_path(name))
-
-    def snapshot_names(self) -> list[str]:
-        """Of the snapshots that hold the full network, in the order in which they were taken."""
-        found = [file.stem for file in self._snapshots.glob("*.safetensors") if re.fullmatch(r"(epoch|step)-\d{1,9}", file.stem)]
-        return sorted(found, key=self.snapshot_step)
-
-    def snapshot_name(self, step: int) -> str:
-        """What a snapshot after so many steps is called: `epoch-NNN` for the epochs done, a last one that is not whole counting.
-
-        `step-NNNNNN` where snapshots are counted in steps, but for the first and the last.
-        """
-        total, per_epoch = self.required("total_steps", int), self.required("steps_per_epoch", int)
-        snapshots = self.configuration.get("snapshots")
-        in_steps = isinstance(snapshots, dict) and str(snapshots.get("snapshot_every")).endswith("it")
-        if in_steps and 0 < step < total:
-            return f"step-{step:06d}"
-        return f"epoch-{math.ceil(step / per_epoch) if step >= total else step // per_epoch:03d}"
-
-    def snapshot_step(self, name: str) -> int:
-        """The step after which a snapshot was taken.
-
-        Where no scores tell (runs of earlier versions), an epoch's end, which under LoFT may be up to a round early.
-        """
-        for step in self.score_steps():
-            if self.snapshot_name(step) == name:
-                return step
-        unit, number = name.split("-")
-        return int(number) * (1 if unit == "step" else self.required("steps_per_epoch", int))
-
-    def write_scores(self, step: int, scores: Mapping[str, Tensor]) -> None:
-        write_tensors(self._snapshots / f"{_SCORES}{step:06d}.safetensors", scores)
-
-    def read_scores(self, step: int) -> dict[str, Tensor]:
-        return read_tensors(self._snapshots / f"{_SCORES}{step:06d}.safetensors")
-
-    def score_steps(self) -> list[int]:
-        """The steps after which the filters' scores were recorded."""
-        names = [file.stem.removeprefix(_SCORES) for file in self._snapshots.glob(f"{_SCORES}*.safetensors")]
-        return sorted(int(name) for name in names if re.fullmatch(r"\d{6,9}", name))
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path / "checkpoints")
 
     def sweep_path(self, name: str) -> Path:
         return self.path / "sweeps" / name / "sweep.json"
@@ -244,9 +192,7 @@ class Run:
 
     def forget_after(self, step: int) -> None:
         """Drop what was recorded after `step`, which a resumed run does again: lines of metrics.jsonl, and scores."""
-        for later in self.score_steps():
-            if later > step:
-                (self._snapshots / f"{_SCORES}{later:06d}.safetensors").unlink()
+        self.snapshots.forget_after(step)
         log = self.path / "metrics.jsonl"
         if log.exists():
             kept = [line for line in log.read_text(errors="replace").splitlines(keepends=True) if _step_of(line) <= step]
@@ -267,73 +213,6 @@ class Run:
             return [Ledger.from_json(fields) for fields in read_json(self.path / "ledger.json")["ranks"]]
         except (KeyError, TypeError, AttributeError, ValueError):
             raise LoftError(f"{self.path / 'ledger.json'} is no ledger: restore it or make the run anew") from None
-
-    # -- checkpoints ------------------------------------------------------------------------------------------------------
-
-    def write_checkpoint(self, checkpoint: "Checkpoint") -> None:
-        """checkpoints/NNNNNN, complete or not there at all; older ones than the last few are removed."""
-        folder = self.path / "checkpoints"
-        temporary = folder / f".{checkpoint.step:06d}.{os.getpid()}"
-        write_tensors(temporary / "state.safetensors", checkpoint.tensors)
-        progress = {"step": checkpoint.step, "ledgers": [ledger.to_json() for ledger in checkpoint.ledgers], **checkpoint.progress}
-        write_json(temporary / "progress.json", progress)
-        final = folder / f"{checkpoint.step:06d}"
-        if final.exists():
-            shutil.rmtree(final)
-        publish_folder(temporary, final)
-        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)  # a network file system may keep a file that somebody still reads
-
-    def newest_checkpoint_step(self) -> int | None:
-        """Step of the newest checkpoint that is whole; None for a run that was ended before its first.
-
-        Raises LoftError if all are broken. What a killed writer left half done is removed.
-        """
-        for leftover in (self.path / "checkpoints").glob(".*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        problem = None
-        for folder in reversed(self._checkpoints()):
-            try:
-                return self.read_checkpoint(int(folder.name)).step
-            except LoftError as error:
-                problem = error
-        if problem:
-            raise LoftError(f"nothing to resume from: {problem}")
-        return None
-
-    def read_checkpoint(self, step: int) -> "Checkpoint":
-        """The checkpoint of a step. Raises LoftError where it is missing or broken."""
-        folder = self.path / "checkpoints" / f"{step:06d}"
-        progress = read_json(folder / "progress.json")
-        try:
-            ledgers = [Ledger.from_json(fields) for fields in progress.pop("ledgers")]
-            written = int(progress.pop("step"))
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise LoftError(f"{folder / 'progress.json'} is incomplete") from None
-        return Checkpoint(written, read_tensors(folder / "state.safetensors"), ledgers, progress)
-
-    def _checkpoints(self) -> list[Path]:
-        found = [folder for folder in (self.path / "checkpoints").glob("*") if folder.name.isdigit() and folder.is_dir()]
-        return sorted(found, key=lambda folder: int(folder.name))
-
-
-def point_of(snapshot: str) -> str:
-    """A snapshot's name as commands take it: epoch:3 for epoch-003."""
-    unit, number = snapshot.split("-")
-    return f"{unit}:{int(number)}"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Everything that decides the rest of a run. (Data order and deals are functions of seed, rank and step.)"""
-
-    step: int
-    """Local steps done."""
-    tensors: dict[str, Tensor]
-    ledgers: list[Ledger]
-    """By rank."""
-    progress: dict
-    """Counters of the strategy, for instance the round."""
 
 
 def _step_of(line: str) -> float:

@@ -12,7 +12,7 @@ from loft_hpc.data.order import Order
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups
 from loft_hpc.models.scores import filter_scores
-from loft_hpc.runs.run import Checkpoint
+from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.settings import Optimisation

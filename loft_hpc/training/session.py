@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,24 +14,13 @@ from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.models.scores import Scores
-from loft_hpc.runs.run import Checkpoint, Run
+from loft_hpc.runs.checkpoints import Checkpoint
+from loft_hpc.runs.run import Run
 from loft_hpc.training.evaluation import Score, judge, network_for
 from loft_hpc.training.interval import next_multiple, passes
 from loft_hpc.training.settings import Evaluation, Optimisation, Snapshots
 from loft_hpc.training.strategy import Advance, Strategy
-
-
-class Watcher(Protocol):
-    """Who is told of the progress: the command line, or nobody."""
-
-    def started(self, path: str, total_steps: int, done_steps: int) -> None: ...
-
-    def advanced(self, step: int, loss: float) -> None: ...
-
-    def epoch_ended(self, epoch: int, epochs: int, loss: float, score: Score | None, distance: float | None, seconds: float) -> None: ...
-
-    def stopped(self, epoch: float, epochs: int) -> None: ...
+from loft_hpc.training.watching import Observer, Watcher
 
 
 @dataclass(frozen=True)
@@ -45,29 +33,6 @@ class Outcome:
     steps: int
     """Local steps done: fewer than planned where the training was ended early."""
     stopped_early: bool = False
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What an observer makes of a snapshot."""
-
-    fields: Mapping[str, Any]
-    """For the log; empty for a first snapshot, which there is nothing to compare with."""
-    distance: float | None
-    """Normalised filter distance to the snapshot before, meaned over the groups."""
-    stop: bool
-    """Whether the training may end here."""
-
-
-class Observer(Protocol):
-    """Follows the rankings of the filters from snapshot to snapshot; on rank 0 alone."""
-
-    stop: bool
-    """Whether the last snapshot that was seen said that the training may end."""
-
-    def see(self, scores: Scores) -> Observation:
-        """The next snapshot's scores."""
-        ...
 
 
 class _Clock:
@@ -113,7 +78,7 @@ class Session:
         self._run = run if world.rank == 0 else None
         self._path = run.path
         self._optimisation, self._evaluation = optimisation, evaluation
-        self._full_snapshots, self._snapshot_name = snapshots.snapshot_tensors, run.snapshot_name
+        self._full_snapshots, self._snapshot_name = snapshots.snapshot_tensors, run.snapshots.name
         self._snapshot_steps = snapshots.every.steps(strategy.steps_per_epoch)
         self._watched, self._observer = observer is not None, observer
         self._distance: float | None = None
@@ -196,7 +161,7 @@ class Session:
         """
         scores, stop = self._strategy.filter_scores(), False
         if self._run:
-            self._run.write_scores(self._step, scores)
+            self._run.snapshots.write_scores(self._step, scores)
 
         def observe() -> tuple[float | None, bool]:
             seen = self._observer.see(scores)
@@ -209,7 +174,7 @@ class Session:
         if self._full_snapshots or last or stop or self._step == 0:
             state = self._strategy.full_state()
             if self._run:
-                self._run.write_snapshot(self._snapshot_name(self._step), state)
+                self._run.snapshots.write(self._snapshot_name(self._step), state)
         return stop
 
     def _end_of_epoch(self, epoch: int, earlier: int, last: bool) -> Score | None:
@@ -226,7 +191,7 @@ class Session:
             sent, received = (sum(way) for way in zip(*(ledger.payload_bytes for ledger in ledgers), strict=True))
             self._log("ledger", epoch=epoch, step=self._step, payload_sent_bytes=sent, payload_received_bytes=received)
             progress = progress | {"wall_seconds": self._clock.seconds}
-            self._run.write_checkpoint(Checkpoint(self._step, tensors, ledgers, progress))
+            self._run.checkpoints.write(Checkpoint(self._step, tensors, ledgers, progress))
         return score
 
     def _judge(self, state: Mapping[str, Tensor]) -> Score:

@@ -11,7 +11,7 @@ from loft_hpc.comm.world import World
 from loft_hpc.errors import LoftError
 from loft_hpc.models.groups import FilterGroup, Selection
 from loft_hpc.models.scores import CRITERIA, Scores
-from loft_hpc.runs.run import Checkpoint
+from loft_hpc.runs.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)

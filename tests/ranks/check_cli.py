@@ -76,7 +76,7 @@ def test_a_run_has_everything(world, trained):
     events = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [event["epoch"] for event in events if event["event"] == "eval"] == [1, 2]
     assert sum(event["event"] == "round" for event in events) == 3  # 22 steps, 8 a round
-    assert Run.open(trained).snapshot_names() == ["epoch-000", "epoch-001", "epoch-002"]
+    assert Run.open(trained).snapshots.names() == ["epoch-000", "epoch-001", "epoch-002"]
     assert len(list((trained / "checkpoints").iterdir())) == 2
     model = read_tensors(trained / "model.safetensors")
     build(Run.open(trained).architecture).load_state_dict(model)
@@ -135,12 +135,12 @@ def test_retrain_and_its_rewinds(world, capsys, folder, pruned):
         path = folder / f"retrained-{rewind.replace(':', '')}"
         fields = ask(world, capsys, "retrain", pruned / "magnitude-l2-0.5", "--epochs", "1", "--rewind", rewind, "--run", path)
         assert fields["ticket"] == str(pruned / "magnitude-l2-0.5")
-        start = Run.open(path).read_snapshot("epoch-000")
+        start = Run.open(path).snapshots.read("epoch-000")
         ticket = Ticket.read(pruned / "magnitude-l2-0.5")
         source = (
             ticket.state
             if rewind == "none"
-            else ticket.slice(Run.open(ticket.run_path).read_snapshot("epoch-001" if rewind == "epoch:1" else "epoch-000"))
+            else ticket.slice(Run.open(ticket.run_path).snapshots.read("epoch-001" if rewind == "epoch:1" else "epoch-000"))
         )
         assert all(torch.equal(start[name], source[name]) for name in start)
 

@@ -10,7 +10,7 @@ from loft_hpc.comm.ledger import Ledger
 from loft_hpc.data.embedded import digits
 from loft_hpc.data.order import Order
 from loft_hpc.models.resnet import build
-from loft_hpc.runs.run import Checkpoint
+from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.evaluation import judge, network_for, reestimate_statistics
 from loft_hpc.training.settings import Evaluation, Optimisation

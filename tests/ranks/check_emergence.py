@@ -110,19 +110,19 @@ def test_snapshots_lie_where_the_interval_says(world, folder, strategy):
     steps = pretrain(path, "--strategy", strategy, *own, "--snapshot-every", "17it")
     world.barrier()
     taken = [0, 20, 35, 55, 70, 85, 88] if strategy == "loft" else [0, 17, 34, 51, 68, 85, 88]
-    assert steps.score_steps() == taken
-    assert steps.snapshot_names() == ["epoch-000", *(f"step-{step:06d}" for step in taken[1:-1]), "epoch-004"]
+    assert steps.snapshots.score_steps() == taken
+    assert steps.snapshots.names() == ["epoch-000", *(f"step-{step:06d}" for step in taken[1:-1]), "epoch-004"]
     assert [event["step"] for event in steps.events("snapshot")] == taken[1:]
-    state = steps.read_snapshot(f"step-{taken[1]:06d}")
+    state = steps.snapshots.read(f"step-{taken[1]:06d}")
     expected = filter_scores(state, filter_groups(steps.architecture))
-    found = steps.read_scores(taken[1])
+    found = steps.snapshots.read_scores(taken[1])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_cheap_snapshots_hold_scores_alone(world, folder):
     cheap = pretrain(folder / "cheap", "--snapshot-every", "2ep", "--no-snapshot-tensors")
     world.barrier()
-    assert cheap.snapshot_names() == ["epoch-000", "epoch-004"] and len(cheap.score_steps()) == 3
+    assert cheap.snapshots.names() == ["epoch-000", "epoch-004"] and len(cheap.snapshots.score_steps()) == 3
     assert sum(file.stat().st_size for file in (cheap.path / "snapshots").glob("scores-*")) < 50_000
 
 
@@ -137,15 +137,15 @@ def test_a_stopped_run_is_the_beginning_of_the_whole_one(world, folder, whole, s
     options = ["--strategy", strategy, *own, "--stop-when-stable", "--tolerance", repr(tolerance), "--patience", "1"]
     stopped = pretrain(folder / f"stopped-{strategy}", *options)
     world.barrier()
-    second = complete.score_steps()[number + 1]
+    second = complete.snapshots.score_steps()[number + 1]
     results = stopped.description["results"]
     assert results["stopped_early"] and results["steps"] == second < complete.description["results"]["steps"] == 88
     assert stopped.description["total_steps"] == 88
     assert second == stopping_step(complete.path, Stopping(tolerance=tolerance, patience=1))
     assert stopping_step(complete.path, Stopping(tolerance=0.0, patience=4)) is None
-    last, model = complete.read_snapshot(complete.snapshot_names()[number + 1]), stopped.read_model()
+    last, model = complete.snapshots.read(complete.snapshots.names()[number + 1]), stopped.read_model()
     assert all(torch.equal(last[name], model[name]) for name in last)
-    assert stopped.snapshot_names() == complete.snapshot_names()[: number + 2]
+    assert stopped.snapshots.names() == complete.snapshots.names()[: number + 2]
     assert stopped.events("snapshot") == complete.events("snapshot")[: number + 1]
     assert [event["epoch"] for event in stopped.events("epoch")] == list(range(1, number + 2))
     assert stopped.events("eval")[-1]["step"] == second
@@ -165,7 +165,7 @@ def test_an_interrupted_run_stops_where_it_would_have(world, folder, whole, stra
     stopped = pretrain(path, "--strategy", strategy, *own, *limits)
     world.barrier()
     end = stopped.description["results"]["steps"]
-    assert end == whole[strategy].score_steps()[2] and stopped.description["results"]["stopped_early"]
+    assert end == whole[strategy].snapshots.score_steps()[2] and stopped.description["results"]["stopped_early"]
     if world.rank == 0:
         shutil.copytree(path, copy)
         shutil.rmtree(copy / "checkpoints" / f"{end:06d}")
@@ -239,7 +239,7 @@ def test_early_birds_rule_ends_a_training_too(world, folder, whole):
     limits = ["--local-iterations", "5", "--stop-when-stable", "--stability", "mask-distance", "--tolerance", "0.9", "--patience", "1"]
     stopped = pretrain(folder / "early-bird", *limits)
     world.barrier()
-    assert stopped.description["results"]["steps"] == whole["loft"].score_steps()[1]
+    assert stopped.description["results"]["steps"] == whole["loft"].snapshots.score_steps()[1]
 
 
 def test_tickets_from_snapshots(world, capsys, whole):

@@ -16,7 +16,7 @@ from loft_hpc.filterwise.partition import deal
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.models.resnet import build
-from loft_hpc.runs.run import Checkpoint
+from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.settings import Optimisation
 
 from tiny import CPU, initial_state, make_loft, tiny

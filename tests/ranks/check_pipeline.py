@@ -10,7 +10,7 @@ from loft_hpc.data.embedded import digits
 from loft_hpc.data.order import Order
 from loft_hpc.errors import LoftError
 from loft_hpc.models.resnet import build
-from loft_hpc.runs.run import Checkpoint
+from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.settings import Optimisation
 
 from tiny import CPU, initial_state, make_gpipe, tiny

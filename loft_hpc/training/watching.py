@@ -1,0 +1,43 @@
+"""Who looks on while a session trains: the command line, and whatever follows the filters' rankings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from loft_hpc.models.scores import Scores
+from loft_hpc.training.evaluation import Score
+
+
+class Watcher(Protocol):
+    """Who is told of the progress: the command line, or nobody."""
+
+    def started(self, path: str, total_steps: int, done_steps: int) -> None: ...
+
+    def advanced(self, step: int, loss: float) -> None: ...
+
+    def epoch_ended(self, epoch: int, epochs: int, loss: float, score: Score | None, distance: float | None, seconds: float) -> None: ...
+
+    def stopped(self, epoch: float, epochs: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an observer makes of a snapshot."""
+
+    fields: Mapping[str, Any]
+    """For the log; empty for a first snapshot, which there is nothing to compare with."""
+    distance: float | None
+    """Normalised filter distance to the snapshot before, meaned over the groups."""
+    stop: bool
+    """Whether the training may end here."""
+
+
+class Observer(Protocol):
+    """Follows the rankings of the filters from snapshot to snapshot; on rank 0 alone."""
+
+    stop: bool
+    """Whether the last snapshot that was seen said that the training may end."""
+
+    def see(self, scores: Scores) -> Observation:
+        """The next snapshot's scores."""
+        ...
