@@ -97,6 +97,8 @@ def stopping(study: Study, points: Sequence[dict[str, Any]], random: dict[Path, 
             worth = judged([accuracy[run, stop] for run, stop in zip(runs, stops, strict=True)])
             row = [dataset, name, f"{epochs:.1f}", f"{gigabytes:.2f}", f"{seconds:.1f}"]
             rows.append([*row, *(saved if rule else [""] * 3), worth[0], worth[1] if rule else ""])
+        untrained = judged([accuracy[run, "epoch:0"] for run in runs])
+        rows.append([dataset, "none: the initialisation's ticket", "0.0", "0.00", "0.0", "100 %", "100 %", "100 %", *untrained])
         rows.append([dataset, "full, but random filters", *[""] * 6, *judged([random[run] for run in runs])])
     header = [
         "data", "pretraining ends by", "epochs", "GB delivered", "seconds", "saved: epochs", "bytes", "seconds",
@@ -125,8 +127,8 @@ def stopped(study: Study) -> str:
         "the full run's snapshot, bitwise",
         "wall time",
         "of the full run",
-        "network",
-        "full run's",
+        "accuracy of the stopped network, not pruned",
+        "of the full run's",
     ]
     return table(header, rows)
 

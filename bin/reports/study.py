@@ -75,7 +75,7 @@ class Study:
                     calls.append(partial(_sweep, run, "textures", ratio, at))
         for seed in SEEDS:
             run = self.run("digits", "loft+4", seed)
-            calls.append(partial(_sweep, run, "digits", 0.8, ["epoch:10", *_stops(run)]))
+            calls.append(partial(_sweep, run, "digits", 0.8, ["epoch:0", "epoch:10", *_stops(run)]))
         return [point for points in side_by_side(calls) for point in points]
 
     def retrain_random_tickets(self) -> dict[Path, float]:

@@ -147,7 +147,7 @@ class Point(Protocol):
 
 
 def plot_sweep(points: Sequence[Point], path: Path) -> None:
-    """Accuracy after retraining over the snapshot's epoch: a curve for each label and pruning ratio, a line for the dense network.
+    """Accuracy after retraining over the snapshot's epoch: a curve for each label and pruning ratio, a line for the network itself.
 
     Several runs of one label are averaged; three and more with the 95 % interval of their mean (Student).
     """
@@ -165,7 +165,7 @@ def plot_sweep(points: Sequence[Point], path: Path) -> None:
                 means, halves = zip(*(_interval([100 * point.accuracy for point in group]) for group in groups), strict=True)
                 axes.errorbar(epochs, means, yerr=halves, color=colour, marker=marker, capsize=3, label=f"{label}, ticket retrained")
                 dense, _ = mean_interval([100 * accuracy for accuracy in {point.run: point.dense_accuracy for point in mine}.values()])
-                axes.axhline(dense, color=colour, linestyle="--", linewidth=1, label=f"{label}, dense network")
+                axes.axhline(dense, color=colour, linestyle="--", linewidth=1, label=f"{label}, not pruned, not retrained")
             axes.set_title(f"{100 * ratio:g} % of the filters pruned")
             axes.set_xlabel("epoch of pretraining whose ticket is retrained")
             axes.grid(alpha=0.3)
@@ -215,7 +215,7 @@ def plot_theory(cells: Sequence[Cell], path: Path) -> None:
             axes.set_xlabel("hidden filters m")
             axes.set_title(title)
             axes.grid(alpha=0.3)
-            axes.legend()
+        panels[0][1].legend()
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:

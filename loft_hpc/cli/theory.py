@@ -29,7 +29,7 @@ def _several(name: str, help: str) -> Any:
 @option(TheorySettings, "starts", "Initialisations, for the error bars.", type=int)
 @option(TheorySettings, "deals", "Sequences of deals that each is averaged over.", type=int)
 @option(TheorySettings, "seed", "Decides initialisations and deals.", type=int)
-@plot_option("both terms over m, for every S.")
+@plot_option("spread, drift and outputs over m, for every S above 1.")
 @click.option(
     "--format", type=click.Choice(["table", "json", "csv", "latex"]), default="table", show_default=True, help="How results are printed."
 )
