@@ -40,6 +40,15 @@ def _figure(path: Path, rows: int, columns: int, size: tuple[float, float], **de
     pyplot.close(figure)
 
 
+def _logarithmic(axes: Any, numbers: Sequence[int], label: str) -> None:
+    """Both axes logarithmic, the horizontal one of base 2 with a tick at each of the numbers."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+
+
 def plot_costs(costs: Sequence[Cost], path: Path, title: str, cluster: str | None) -> None:
     """Bytes delivered over the training, and beside them seconds per epoch where a cluster is given, over the number of workers."""
     values = [("payload delivered to workers, whole training (GB)", lambda cost: cost.delivered_bytes / 1e9)]
@@ -55,11 +64,7 @@ def plot_costs(costs: Sequence[Cost], path: Path, title: str, cluster: str | Non
                 axes.plot(
                     [point.workers for point in points], [value(point) for point in points], color=colour, marker=marker, label=strategy
                 )
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_xticks(numbers, [str(number) for number in numbers])
-            axes.minorticks_off()
-            axes.set_xlabel("workers")
+            _logarithmic(axes, numbers, "workers")
             axes.set_ylabel(label)
             axes.grid(alpha=0.3)
             axes.legend()
@@ -208,11 +213,7 @@ def plot_theory(cells: Sequence[Cell], path: Path) -> None:
             if highest and term != "spread":
                 reference = [highest * (m / filters[0]) ** -0.25 for m in filters]
                 axes.plot(filters, reference, color="grey", linestyle=":", label="$m^{-1/4}$")
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_xticks(filters, [str(m) for m in filters])
-            axes.minorticks_off()
-            axes.set_xlabel("hidden filters m")
+            _logarithmic(axes, filters, "hidden filters m")
             axes.set_title(title)
             axes.grid(alpha=0.3)
         panels[0][1].legend()

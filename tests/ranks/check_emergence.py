@@ -45,6 +45,11 @@ def pretrain(path: Path, *options: str) -> Run:
     return Run.open(path)
 
 
+def mark_as_running(path: Path) -> None:
+    """As a run's description stands when its job was killed."""
+    (path / "run.json").write_text((path / "run.json").read_text().replace('"status": "done"', '"status": "running"'))
+
+
 @pytest.fixture(scope="session")
 def whole(world, folder) -> dict[str, Run]:
     """A run of every strategy, to its planned end."""
@@ -170,7 +175,7 @@ def test_an_interrupted_run_stops_where_it_would_have(world, folder, whole, stra
     if world.rank == 0:
         shutil.copytree(path, copy)
         shutil.rmtree(copy / "checkpoints" / f"{end:06d}")
-        (copy / "run.json").write_text((copy / "run.json").read_text().replace('"status": "done"', '"status": "running"'))
+        mark_as_running(copy)
     world.barrier()
     assert run(["pretrain", "--run", str(copy), "--resume"]) == 0
     world.barrier()
@@ -182,7 +187,7 @@ def test_an_interrupted_run_stops_where_it_would_have(world, folder, whole, stra
     world.barrier()
     if world.rank == 0:
         (copy / "model.safetensors").unlink()
-        (copy / "run.json").write_text((copy / "run.json").read_text().replace('"status": "done"', '"status": "running"'))
+        mark_as_running(copy)
     world.barrier()
     assert run(["pretrain", "--run", str(copy), "--resume"]) == 0
     world.barrier()
@@ -203,7 +208,7 @@ def test_a_torn_snapshot_is_no_reason_to_fail_unless_it_decides(world, capsys, f
         shutil.rmtree(path / "checkpoints" / "000088")
         first = path / "snapshots" / "scores-000000.safetensors"
         first.write_bytes(first.read_bytes()[:-9])
-        (path / "run.json").write_text((path / "run.json").read_text().replace('"status": "done"', '"status": "running"'))
+        mark_as_running(path)
     world.barrier()
     if stopping:
         code, told = refuse(world, capsys, "pretrain", "--run", path, "--resume")
