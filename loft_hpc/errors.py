@@ -12,3 +12,7 @@ class LoftError(Exception):
         self.usage = usage
         self.everywhere = everywhere or usage
         """Whether every rank is known to have met it, so that rank 0 alone tells."""
+
+
+class Interrupted(Exception):
+    """All ranks were told to end (a signal), and have written a checkpoint to go on from."""

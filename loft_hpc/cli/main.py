@@ -9,13 +9,16 @@ import click
 from loft_hpc import __version__
 from loft_hpc.cli.context import Job
 from loft_hpc.comm.launch import announced_rank
-from loft_hpc.errors import LoftError
+from loft_hpc.errors import Interrupted, LoftError
 
 RANK_0_SPEAKS_SECONDS = 1.0
 """How long other ranks let rank 0 speak: a launcher ends the job at the first rank that leaves with a failure."""
 
 LINE_ARRIVES_SECONDS = 0.5
 """How long a line may take to the launcher, which after an abort reads no more."""
+
+INTERRUPTED = 85
+"""Exit code of a training that was told to end and can go on: slurm/*.sh make a requeue of it (Slurm's RequeueExit, by custom)."""
 
 COMMANDS = {
     "pretrain": "Find a ticket: train a network over all ranks.",
@@ -62,7 +65,7 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 85 told to end and ready to go on."""
     job = Job()
     try:
         code = loft.main(arguments, prog_name="loft", standalone_mode=False, obj=job)
@@ -75,6 +78,8 @@ def run(arguments: list[str]) -> int:
         context = getattr(problem, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context else ""
         return _fail(job, " ".join(problem.format_message().split()) + hint, problem.exit_code, everywhere=True)
+    except Interrupted as problem:
+        return _fail(job, str(problem), INTERRUPTED, everywhere=True)
     except LoftError as problem:
         return _fail(job, str(problem), 2 if problem.usage else 1, problem.everywhere)
     except OSError as problem:

@@ -48,6 +48,10 @@ class Progress:
             else:
                 self._bar.render_finish()
 
+    def other_world_size(self, before: int, now: int) -> None:
+        if self._speaks:
+            click.echo(f"{before} ranks began this run, {now} go on: deals, data order and rounding are others from here on")
+
     def stopped(self, epoch: float, epochs: int) -> None:
         if self._bar:
             self._bar.render_finish()

@@ -36,7 +36,10 @@ class World:
         self.local_rank: int = hvd.local_rank()
         self.local_size: int = hvd.local_size()
         self.ledger = Ledger()
-        self._faults = mpi.Dup()
+        self._faults, self._votes = mpi.Dup(), mpi.Dup()
+        from mpi4py import MPI
+
+        self._byte, self._or = MPI.UNSIGNED_CHAR, MPI.BOR
         self._staging = Staging(direct=False)
 
     def use_device(self, device: torch.device, direct: bool) -> None:
@@ -159,6 +162,21 @@ class World:
         if problem is not None:
             raise problem
         return result
+
+    def anybody(self, mine: bool) -> Callable[[], bool]:
+        """Whether any rank says so. Asked now and answered by calling what is returned, so that ranks need not wait for one another."""
+        if self.size == 1:
+            return lambda: mine
+        said, answer = bytearray([mine]), bytearray(1)
+        request = self._votes.Iallreduce([said, 1, self._byte], [answer, 1, self._byte], op=self._or)
+        sent, received = ring_allreduce(1, 1, self.rank, self.size)
+        self.ledger.record("allreduce", "control", Entry(1, 1, 1, sent, received))
+
+        def wait() -> bool:
+            request.Wait()
+            return bool(answer[0])
+
+        return wait
 
     def _wait_quietly(self) -> None:
         """Wait for every rank without keeping a core busy, which rank 0 may need for what it does (and times)."""

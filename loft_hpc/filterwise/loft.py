@@ -80,6 +80,7 @@ class Loft(Strategy):
         self.total_steps = total_steps
         self.steps_per_epoch = order.steps_per_epoch
         self.batch_images = order.batch_size
+        self.any_world_size = not settings.shard_data  # shards of another size would make epochs of another length
         self._looks = (order.steps_per_epoch, snapshot_steps)
         self._settings, self._seed, self._order, self._data, self._world = settings, seed, order, data, world
         self._all_groups = filter_groups(architecture)
@@ -131,6 +132,10 @@ class Loft(Strategy):
         self._exchange.run(self._deal, following, average=self._alike)
         self._deal = following
         return Advance(self._step, mean_loss, time.perf_counter() - start, self._round)
+
+    @property
+    def settled(self) -> bool:
+        return self._alike
 
     def full_state(self) -> dict[str, Tensor]:
         if not self._alike:

@@ -16,7 +16,8 @@ from loft_hpc.filterwise.emergence import Emergence, Stopping
 from loft_hpc.jobs.settings import to_json
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.runs.checkpoints import Checkpoint
-from loft_hpc.runs.run import Run, claim_default_path
+from loft_hpc.runs.lock import RunLock
+from loft_hpc.runs.run import Run, claim_default_path, refuse_occupied
 from loft_hpc.training.device import Placement, place
 from loft_hpc.training.evaluation import Score
 from loft_hpc.training.session import Outcome, Session
@@ -76,19 +77,12 @@ class Destination:
 
 
 def destination(path: Path | None, resume: bool, name: tuple[str, str, str], world: World) -> Destination:
-    """Where to train into; by default runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, `name` being the first three. Collective.
-
-    Raises LoftError for a run of another number of ranks.
-    """
+    """Where to train into; by default runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, `name` being the first three. Collective."""
     if path is None:
         return Destination(world.on_root(lambda: claim_default_path(*name, world.size)), None)
     if not (resume and world.on_root(lambda: (path / "run.json").exists())):
         return Destination(path, None)
-    earlier = Run.open(path)
-    ranks = earlier.description.get("world_size")
-    if ranks != world.size:
-        raise LoftError(f"{path} was started with {ranks} ranks: resume it with as many, not {world.size}")
-    return Destination(path, earlier)
+    return Destination(path, Run.open(path))
 
 
 def _newest_checkpoint(run: Run, workplace: Workplace, world: World) -> Checkpoint | None:
@@ -118,6 +112,32 @@ def train_into(
 
     With `stopping`, the filters' rankings are followed, and the training may end when they stand still.
     """
+    lock = RunLock(where.path)
+
+    if where.earlier and (ranks := where.earlier.required("world_size", int)) != world.size:
+        if not strategy.any_world_size:
+            raise LoftError(f"{where.path} was started with {ranks} ranks: resume it with as many, not {world.size}")
+        watcher.other_world_size(ranks, world.size)
+
+    def enter() -> None:
+        if where.earlier is None:
+            refuse_occupied(where.path)
+        lock.acquire()
+
+    world.on_root(enter)
+    try:
+        return _train_locked(
+            where, kind, strategy, settings, architecture, hidden_widths, details, order, workplace, world, watcher, stopping
+        )
+    finally:
+        lock.release()
+
+
+def _train_locked(
+    where: Destination, kind: str, strategy: Strategy, settings: TrainingSettings, architecture: Architecture,
+    hidden_widths: Mapping[str, int] | None, details: Mapping[str, Any], order: Order, workplace: Workplace, world: World,
+    watcher: Watcher, stopping: Stopping | None,
+) -> Outcome:  # fmt: skip
     checkpoint = _newest_checkpoint(where.earlier, workplace, world) if where.earlier else None
     description = {
         "architecture": architecture.to_json(),

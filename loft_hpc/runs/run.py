@@ -16,8 +16,9 @@ from torch import Tensor
 
 import loft_hpc
 from loft_hpc.comm.ledger import Ledger
-from loft_hpc.errors import LoftError
+from loft_hpc.errors import Interrupted, LoftError
 from loft_hpc.models.architecture import Architecture
+from loft_hpc.runs import lock
 from loft_hpc.runs.checkpoints import Checkpoints
 from loft_hpc.runs.files import read_json, read_tensors, write_atomically, write_json, write_tensors
 from loft_hpc.runs.snapshots import Snapshots
@@ -51,8 +52,7 @@ class Run:
     @classmethod
     def create(cls, path: Path, kind: str, configuration: Mapping[str, Any], details: Mapping[str, Any]) -> "Run":
         """A new run's folder with its run.json. Raises LoftError if the folder holds anything already."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise LoftError(f"{path} exists already and is never overwritten: name another --run, or go on with it by --resume")
+        refuse_occupied(path)
         description = {
             "kind": kind,
             "command": sys.argv,
@@ -90,9 +90,16 @@ class Run:
         if not going_on:
             return cls.create(path, kind, configuration, details)
         run = cls.open(path)
-        run.description.pop("failure", None)
-        run._update(status="running", ended=None, resumed=[*run.description.get("resumed", []), _now()])
+        for name in ("failure", "interrupted_at_step"):
+            run.description.pop(name, None)
+        leg = {"at": _now(), "world_size": details["world_size"], "host": platform.node()}
+        own = {name: details[name] for name in ("world_size", "placement")}
+        run._update(status="running", ended=None, resumed=[*run.description.get("resumed", []), leg], **own)
         return run
+
+    def interrupt(self, step: int) -> None:
+        """Record that the run was told to end, with a checkpoint after `step` to go on from."""
+        self._update(status="interrupted", ended=_now(), interrupted_at_step=step)
 
     def finish(self, status: str, results: Mapping[str, Any] | None = None) -> None:
         """Record how the run ended: `done` or `failed`. Success is said here, not by mpirun's exit code alone."""
@@ -103,6 +110,8 @@ class Run:
         """Write the status `failed` and the reason into run.json if what happens inside fails."""
         try:
             yield
+        except Interrupted:
+            raise
         except Exception as problem:
             self._update(status="failed", ended=_now(), failure=(str(problem).splitlines() or [type(problem).__name__])[0])
             raise
@@ -213,6 +222,12 @@ class Run:
             return [Ledger.from_json(fields) for fields in read_json(self.path / "ledger.json")["ranks"]]
         except (KeyError, TypeError, AttributeError, ValueError):
             raise LoftError(f"{self.path / 'ledger.json'} is no ledger: restore it or make the run anew") from None
+
+
+def refuse_occupied(path: Path) -> None:
+    """Raises LoftError if a new run cannot be made at `path`, because something is there."""
+    if path.exists() and (not path.is_dir() or any(entry.name != lock.NAME for entry in path.iterdir())):
+        raise LoftError(f"{path} exists already and is never overwritten: name another --run, or go on with it by --resume")
 
 
 def _step_of(line: str) -> float:

@@ -36,6 +36,7 @@ class DataParallel(Strategy):
         self.total_steps = total_steps
         self.steps_per_epoch = order.steps_per_epoch
         self.batch_images = len(order.indices(0))
+        self.any_world_size = True
         self._order, self._data, self._world = order, data, world
         self._groups = filter_groups(architecture)
         network = network_for(architecture, hidden_widths, initial, device, "the initial state")

@@ -12,11 +12,12 @@ from torch import Tensor
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
-from loft_hpc.errors import LoftError
+from loft_hpc.errors import Interrupted, LoftError
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.runs.run import Run
 from loft_hpc.training.evaluation import Score, judge, network_for
+from loft_hpc.training.interruption import Interruption
 from loft_hpc.training.interval import next_multiple, passes
 from loft_hpc.training.settings import Evaluation, Optimisation, Snapshots
 from loft_hpc.training.strategy import Advance, Strategy
@@ -54,16 +55,16 @@ class _Stretch:
 
     def __init__(self, first_step: int, began_seconds: float):
         self.first_step, self.began_seconds = first_step, began_seconds
-        self.steps, self.exchange_seconds, self._losses = 0, 0.0, 0.0
+        self.steps, self.exchange_seconds, self.losses = 0, 0.0, 0.0
 
     def add(self, done: Advance, steps: int) -> None:
         self.steps += steps
-        self._losses += done.mean_loss * steps
+        self.losses += done.mean_loss * steps
         self.exchange_seconds += done.exchange_seconds
 
     @property
     def mean_loss(self) -> float:
-        return self._losses / self.steps
+        return self.losses / self.steps
 
 
 class Session:
@@ -84,12 +85,14 @@ class Session:
         self._distance: float | None = None
         # One full network for evaluations, filled anew each time.
         self._network = network_for(architecture, hidden_widths, strategy.full_state(), device, "the initial state")
+        self._interruption = Interruption()
         self._step = 0
+        self._stretch: _Stretch | None = None
         self._clock = _Clock()
 
     def run(self, checkpoint: Checkpoint | None = None) -> Outcome:
         """Train, from the beginning or from a checkpoint. Collective."""
-        with self._run.failures_recorded() if self._run else nullcontext():
+        with self._interruption, self._run.failures_recorded() if self._run else nullcontext():
             if checkpoint:
                 self._resume(checkpoint)
             if self._run:
@@ -106,9 +109,18 @@ class Session:
         """Continue where a checkpoint left off, its ledger included."""
         self._strategy.restore(checkpoint)
         self._world.ledger = Ledger()
-        self._world.ledger.add(checkpoint.ledgers[self._world.rank])
+        for ledger in checkpoint.ledgers[self._world.rank :: self._world.size]:  # one, unless it is another number of ranks
+            self._world.ledger.add(ledger)
         self._step = checkpoint.step
-        self._clock.start_at(float(checkpoint.progress.get("wall_seconds", 0)))
+        seconds = float(checkpoint.progress.get("wall_seconds", 0))
+        self._clock.start_at(seconds)
+        begun = checkpoint.progress.get("epoch_so_far")
+        if begun:  # written in the middle of an epoch
+            self._stretch = _Stretch(int(begun["first_step"]), seconds - float(begun["seconds"]))
+            self._stretch.steps = self._step - self._stretch.first_step
+            losses = begun["losses"]
+            self._stretch.losses = float(losses[self._world.rank] if len(losses) == self._world.size else sum(losses) / len(losses))
+            self._stretch.exchange_seconds = float(begun["exchange_seconds"])
 
     def _train(self) -> Outcome:
         strategy, total, per_epoch = self._strategy, self._strategy.total_steps, self._strategy.steps_per_epoch
@@ -118,9 +130,10 @@ class Session:
             self._snapshot(last=False)
         # A run that was interrupted just after its stop was decided stays stopped.
         stop = self._step > 0 and self._watched and self._world.on_root(lambda: self._observer.stop)
-        score, stretch = None, _Stretch(self._step, watch.seconds)
+        score, stretch = None, self._stretch or _Stretch(self._step, watch.seconds)
+        told = False
         while self._step < total and not stop:
-            begin = self._step
+            begin, anybody = self._step, self._world.anybody(told or self._interruption.requested)
             done = strategy.advance(min(total, *(next_multiple(begin, every) for every in (per_epoch, self._snapshot_steps) if every)))
             self._step = done.step
             stretch.add(done, done.step - begin)
@@ -132,7 +145,10 @@ class Session:
                 stop = self._snapshot(last) and not last
                 stretch.began_seconds = watch.seconds - seconds  # its own time does not count
             whole = passes(stretch.first_step, done.step, per_epoch)
+            told = anybody()
             if not (last or stop or whole):
+                if told and strategy.settled:
+                    self._leave(stretch, seconds)
                 continue
             epoch = done.step // per_epoch if whole and not last else math.ceil(done.step / per_epoch)
             loss = self._mean_over_ranks(stretch.mean_loss)
@@ -144,6 +160,8 @@ class Session:
             score = self._end_of_epoch(epoch, stretch.first_step // per_epoch, last or stop)
             self._watcher.epoch_ended(epoch, epochs, loss, score, self._distance, seconds)
             stretch = _Stretch(done.step, watch.seconds)
+            if told and not (last or stop):
+                self._leave(None, 0.0)
         if stop:
             self._watcher.stopped(self._step / per_epoch, epochs)
         if score is None:  # resumed at the very end
@@ -153,6 +171,14 @@ class Session:
             self._run.write_ledger(ledgers)
             self._run.write_model(self._network.state_dict())
         return Outcome(score, watch.seconds, self._step, stopped_early=self._step < total)
+
+    def _leave(self, stretch: _Stretch | None, seconds: float) -> None:
+        """End here, because some rank was told to. Raises Interrupted on all of them, with everything on disk to go on from."""
+        if stretch:
+            self._write_checkpoint(stretch=stretch, seconds=seconds)
+        if self._run:
+            self._run.interrupt(self._step)
+        raise Interrupted(f"{self._path}: told to end, checkpoint written after step {self._step}; go on with --resume")
 
     def _snapshot(self, last: bool) -> bool:
         """Record the filters' scores, and the full network where it is asked for; whether the observer wants to stop here.
@@ -183,16 +209,25 @@ class Session:
         if last or passes(earlier, epoch, self._evaluation.evaluate_every):
             score = self._judge(self._strategy.full_state())
             self._log("eval", epoch=epoch, step=self._step, accuracy=score.accuracy, test_loss=score.loss, test_images=score.images)
+        self._write_checkpoint(epoch=epoch)
+        return score
+
+    def _write_checkpoint(self, epoch: int | None = None, stretch: _Stretch | None = None, seconds: float = 0.0) -> None:
+        """Everything to go on from, at the end of `epoch` or in the middle of one: then with its `stretch` and `seconds` so far."""
         tensors, progress = self._strategy.checkpoint()
+        if stretch:
+            losses = self._world.gather_objects(stretch.losses)
+            so_far = {"first_step": stretch.first_step, "losses": losses, "exchange_seconds": stretch.exchange_seconds, "seconds": seconds}
+            progress = progress | {"epoch_so_far": so_far}
         ledger = Ledger()
         ledger.add(self._world.ledger)
         ledgers = self._world.gather_objects(ledger)
         if self._run:
             sent, received = (sum(way) for way in zip(*(ledger.payload_bytes for ledger in ledgers), strict=True))
-            self._log("ledger", epoch=epoch, step=self._step, payload_sent_bytes=sent, payload_received_bytes=received)
+            if epoch is not None:
+                self._log("ledger", epoch=epoch, step=self._step, payload_sent_bytes=sent, payload_received_bytes=received)
             progress = progress | {"wall_seconds": self._clock.seconds}
             self._run.checkpoints.write(Checkpoint(self._step, tensors, ledgers, progress))
-        return score
 
     def _judge(self, state: Mapping[str, Tensor]) -> Score:
         with torch.no_grad():

@@ -57,8 +57,15 @@ class Strategy(ABC):
 
     total_steps: int
     steps_per_epoch: int
+    any_world_size: bool = False
+    """Whether a checkpoint of another number of ranks can be gone on with."""
     batch_images: int
     """Images that this rank sees in a step."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is a full state to look at and to resume from just now."""
+        return True
 
     @abstractmethod
     def advance(self, limit: int | None = None) -> Advance:

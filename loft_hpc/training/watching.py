@@ -19,6 +19,8 @@ class Watcher(Protocol):
 
     def stopped(self, epoch: float, epochs: int) -> None: ...
 
+    def other_world_size(self, before: int, now: int) -> None: ...
+
 
 @dataclass(frozen=True)
 class Observation:
