@@ -1,0 +1,106 @@
+"""Jobs that are told to end, run twice, or go on with other ranks: under real mpirun."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from test_faults import start_training
+
+from loft_hpc.runs.files import read_tensors
+from loft_hpc.runs.run import Run
+
+from launching import loft, told
+
+SMALL = ("--model", "resnet20", "--epochs", "4", "--batch-size", "32", "--statistics-batches", "2", "--snapshot-every", "0")
+STRATEGIES = {
+    "loft": ("--local-iterations", "5"),
+    "loft, rarely averaged": ("--local-iterations", "3", "--exchange", "alltoall", "--transport-dtype", "bfloat16", "--average-every", "3"),
+    "data-parallel": ("--strategy", "data-parallel"),
+    "gpipe": ("--strategy", "gpipe", "--split", "balanced"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Undisturbed runs, by strategy, made when first asked for."""
+    made = {}
+
+    def run(name: str):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("whole") / "run"
+            assert loft("pretrain", *SMALL, *STRATEGIES[name], "--run", made[name], ranks=4).code == 0
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("moment", [0.0, 0.7])
+def test_a_warning_ends_all_ranks_at_one_step_and_nothing_is_lost(tmp_path, whole, strategy, moment):
+    """USR1, as Slurm sends it before a preemption: a checkpoint, exit code 85, and a resumed run that ends as an undisturbed one."""
+    path = tmp_path / "run"
+    until = "round" if strategy.startswith("loft") else "snapshot"
+    process = start_training(4, path, *SMALL, *STRATEGIES[strategy], until=until)
+    time.sleep(moment)
+    began = time.monotonic()
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert process.returncode == 85, err
+    lines = [line for line in err.splitlines() if line.startswith("loft: ")]
+    assert len(lines) == 1 and "checkpoint written after step" in lines[0] and "Traceback" not in err
+    description = json.loads((path / "run.json").read_text())
+    assert description["status"] == "interrupted" and description["interrupted_at_step"] < description["total_steps"]
+    assert (path / "checkpoints" / f"{description['interrupted_at_step']:06d}").is_dir()
+    result = loft("pretrain", "--run", path, "--resume", ranks=4)
+    assert result.code == 0, result.err
+    assert f"going on at step {description['interrupted_at_step']} of" in result.out
+    one, other = (read_tensors(folder / "model.safetensors") for folder in (whole(strategy), path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    losses = [[(event["step"], event["loss"]) for event in Run.open(folder).events("epoch")] for folder in (whole(strategy), path)]
+    assert losses[0] == losses[1]
+
+
+def test_two_jobs_cannot_write_one_run(tmp_path):
+    path = tmp_path / "run"
+    process = start_training(2, path)
+    try:
+        result = loft("pretrain", "--run", path, "--resume", ranks=2, seconds=60)
+        assert result.code == 1
+        (line,) = told(result)
+        assert "is being written by process" in line and "--run" in line
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    # the lock goes with its owner
+    result = loft("pretrain", "--run", path, "--resume", "--epochs", "500", ranks=0, seconds=60)
+    assert "is being written" not in result.err
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("loft", 2), ("loft", 1), ("data-parallel", 3)])
+def test_another_number_of_ranks_goes_on(tmp_path, strategy, ranks):
+    path = tmp_path / "run"
+    process = start_training(4, path, *SMALL, *STRATEGIES[strategy], until="epoch")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 85
+    result = loft("pretrain", "--run", path, "--resume", ranks=ranks)
+    assert result.code == 0, result.err
+    assert f"4 ranks began this run, {ranks} go on" in result.out
+    description = json.loads((path / "run.json").read_text())
+    assert description["status"] == "done" and description["world_size"] == ranks and description["results"]["accuracy"] > 0.5
+    ledgers = Run.open(path).read_ledgers()
+    assert len(ledgers) == ranks and sum(ledger.payload_bytes[0] for ledger in ledgers) > 0
+
+
+def test_a_pipeline_goes_on_with_as_many_ranks_alone(tmp_path):
+    path = tmp_path / "run"
+    process = start_training(4, path, *SMALL, *STRATEGIES["gpipe"], until="epoch")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    result = loft("pretrain", "--run", path, "--resume", ranks=2)
+    assert result.code == 1 and "was started with 4 ranks" in told(result)[0]
+    assert json.loads((path / "run.json").read_text())["status"] == "interrupted"
