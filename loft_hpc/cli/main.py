@@ -3,6 +3,7 @@
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 
 import click
 
@@ -10,6 +11,7 @@ from loft_hpc import __version__
 from loft_hpc.cli.context import Job
 from loft_hpc.comm.launch import announced_rank
 from loft_hpc.errors import Interrupted, LoftError
+from loft_hpc.training.interruption import Interruption
 
 RANK_0_SPEAKS_SECONDS = 1.0
 """How long other ranks let rank 0 speak: a launcher ends the job at the first rank that leaves with a failure."""
@@ -30,6 +32,10 @@ COMMANDS = {
     "commcost": "The communication-cost report.",
     "doctor": "What is installed, what is missing, how to mend it.",
 }
+
+
+TRAININGS = ("pretrain", "retrain", "sweep")
+"""Commands that end at their next checkpoint when they are told to."""
 
 
 class LazyGroup(click.Group):
@@ -66,9 +72,12 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 85 told to end and ready to go on."""
-    job = Job()
+    interruption = Interruption()
+    job = Job(interruption)
+    trains = bool(arguments) and arguments[0] in TRAININGS
     try:
-        code = loft.main(arguments, prog_name="loft", standalone_mode=False, obj=job)
+        with interruption if trains else nullcontext():  # from the start: a warning that comes while torch loads counts too
+            code = loft.main(arguments, prog_name="loft", standalone_mode=False, obj=job)
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as problem:
         if announced_rank() == 0:

@@ -1,7 +1,7 @@
 """`loft commcost RUN`: the ledgers of real runs beside the closed formulas."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 from pathlib import Path
@@ -26,7 +26,7 @@ from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.pipeline.stages import cuts
 from loft_hpc.runs.run import Run
-from loft_hpc.training.interval import passes
+from loft_hpc.training.calendar import Calendar
 
 TRAINING = ("partitioned", "shared", "activation", "gradient", "merge")
 """Purposes that the formulas speak of; `control` holds what their sizes do not decide (objects, statistics of evaluations)."""
@@ -91,6 +91,10 @@ def run_cost(path: Path) -> RunCost:
     if not isinstance(steps, int) or not isinstance(per_epoch, int):
         raise LoftError(f"{path / 'run.json'} does not say how many steps were made: restore it")
     workers = len(ledgers)
+    if any(leg.get("ranks_before") != workers for leg in run.description.get("resumed", [])):
+        raise LoftError(
+            f"{path} went on with other numbers of ranks than it began with: no formula covers that; its bytes are in ledger.json"
+        )
     expected = as_ledger(list(_run_flows(run, settings, workers, steps, per_epoch)))
     rows = [
         LedgerRow(operation, purpose, expected.entry(operation, purpose), total.entry(operation, purpose))
@@ -115,14 +119,16 @@ def _run_flows(run: Run, settings: PretrainSettings, workers: int, steps: int, p
         size = run.description["data"]["image_size"]
         crossing = crossing_elements(network, size, cuts(network, settings.pipeline.split, workers, size))
         yield from (flow.times(steps) for flow in pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches))
-        # at the start, wherever the full network is looked at, and its momentum at the end of every epoch
-        looks = len(_full_looks(settings, range(steps + 1), steps, per_epoch))
-        yield all_gather(parameters, FLOAT32_BYTES, workers, "merge").times(1 + looks + math.ceil(steps / per_epoch))
+        # at the start, wherever the full network is looked at, and its momentum in every checkpoint
+        looks, checkpoints = _looks(run, settings, range(steps + 1), repeat(True), per_epoch)
+        yield all_gather(parameters, FLOAT32_BYTES, workers, "merge").times(1 + looks + checkpoints)
     else:
-        yield from _loft_run_flows(settings, network, workers, steps, per_epoch)
+        yield from _loft_run_flows(run, settings, network, workers, steps, per_epoch)
 
 
-def _loft_run_flows(settings: PretrainSettings, network: Architecture, workers: int, steps: int, per_epoch: int) -> Iterator[Flow]:
+def _loft_run_flows(
+    run: Run, settings: PretrainSettings, network: Architecture, workers: int, steps: int, per_epoch: int
+) -> Iterator[Flow]:
     loft = settings.loft
     divided = division_of(network, loft.partition)
     yield broadcast(divided.partitioned, FLOAT32_BYTES, workers, "partitioned")
@@ -135,16 +141,27 @@ def _loft_run_flows(settings: PretrainSettings, network: Architecture, workers: 
         yield from exchange_flows(settings, divided, workers, moved, average)
     if loft.exchange == "alltoall" or loft.transport_dtype != "float32":
         ends = [min(number * loft.local_iterations, steps) for number in range(rounds + 1)]
-        times = len(_full_looks(settings, ends, steps, per_epoch))
-        if loft.momentum_across_rounds == "carry":
-            times += sum(passes(*around, per_epoch) or around[1] == steps for around in pairwise(ends))
+        looks, checkpoints = _looks(run, settings, ends, averaging, per_epoch)
+        times = looks + (checkpoints if loft.momentum_across_rounds == "carry" else 0)
         yield all_gather(divided.partitioned, FLOAT32_BYTES, workers, "merge").times(times)
 
 
-def _full_looks(settings: PretrainSettings, points: Sequence[int], steps: int, per_epoch: int) -> list[int]:
-    """Of the `points` (steps at which a full network can be had), those after which it is: ends of epochs, full snapshots, the end."""
-    snapshot_steps = settings.snapshots.every.steps(per_epoch) if settings.snapshots.snapshot_tensors else 0
-    return [end for begin, end in pairwise(points) if passes(begin, end, per_epoch) or passes(begin, end, snapshot_steps) or end == steps]
+def _looks(run: Run, settings: PretrainSettings, points: Sequence[int], settled: Iterable[bool], per_epoch: int) -> tuple[int, int]:
+    """After how many of the `points` (steps at which a full network may be had) it is put together, and how many checkpoints are written.
+
+    `settled` says of every stretch between two points whether one can be had at its end, which a checkpoint waits for.
+    """
+    calendar = Calendar.of(points[-1], per_epoch, settings.evaluation, settings.snapshots, settings.checkpoints)
+    asked_for = run.description.get("results", {}).get("interrupted_at_steps", [])
+    looks, checkpoints, wanted = 0, 0, False
+    for (begin, end), possible in zip(pairwise(points), settled, strict=False):
+        due = calendar.due(begin, end)
+        wanted = wanted or due.checkpoint
+        checkpoint = possible and (wanted or end in asked_for)
+        looks += checkpoint or due.evaluation or (due.snapshot and (settings.snapshots.snapshot_tensors or end == points[-1]))
+        checkpoints += checkpoint
+        wanted = wanted and not checkpoint
+    return looks, checkpoints
 
 
 def moved_parameters(settings: PretrainSettings, network: Architecture, divided: Division, workers: int, rounds: int) -> Iterator[int]:

@@ -19,7 +19,7 @@ from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
 from loft_hpc.tickets.finders import Pruning
 from loft_hpc.tickets.ticket import Ticket
-from loft_hpc.training.watching import Watcher
+from loft_hpc.training.watching import Oversight
 
 EVERY = "every"
 
@@ -63,7 +63,7 @@ class SweepWatcher(Protocol):
 
 def sweep(
     runs: Sequence[Path], settings: SweepSettings, recipe: Callable[[Run], RetrainSettings], world: World, watcher: SweepWatcher,
-    quiet: Watcher,
+    quiet: Oversight,
 ) -> list[Point]:  # fmt: skip
     """Draw and retrain a ticket for every run, snapshot and pruning. Collective.
 

@@ -92,7 +92,8 @@ class Run:
         run = cls.open(path)
         for name in ("failure", "interrupted_at_step"):
             run.description.pop(name, None)
-        leg = {"at": _now(), "world_size": details["world_size"], "host": platform.node()}
+        sizes = {"ranks_before": run.description.get("world_size"), "world_size": details["world_size"]}
+        leg = {"at": _now(), **sizes, "host": platform.node()}
         own = {name: details[name] for name in ("world_size", "placement")}
         run._update(status="running", ended=None, resumed=[*run.description.get("resumed", []), leg], **own)
         return run
