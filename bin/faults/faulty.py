@@ -2,9 +2,8 @@
 
 import gc
 import signal
-import sys
 
-from loft_hpc.cli.main import run
+from loft_hpc.cli.main import main
 
 EXCEPTION, NAN, BIT = signal.SIGUSR2, signal.SIGRTMIN, signal.SIGRTMIN + 1
 
@@ -37,4 +36,4 @@ if __name__ == "__main__":
     signal.signal(EXCEPTION, raise_exception)
     signal.signal(NAN, set_nan)
     signal.signal(BIT, flip_bit)
-    sys.exit(run(sys.argv[1:]))
+    main()

@@ -4,7 +4,6 @@ A run is broken several times in a row, gone on with each time, and at last left
 its exchanged bytes must be those of a run that nothing happened to.
 """
 
-import json
 import os
 import random
 import shutil
@@ -169,14 +168,6 @@ def checkpoint_steps(path: Path) -> list[int]:
     return sorted(int(folder.name) for folder in (path / "checkpoints").glob("*") if folder.name.isdigit())
 
 
-def last_step(path: Path) -> int:
-    """The last step in the log of a run."""
-    try:
-        return int(json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])["step"])
-    except (OSError, IndexError, ValueError, KeyError):
-        return -1
-
-
 def differences(path: Path, whole: Path) -> list[str]:
     """What of a run that was broken is not as in the one that was not."""
     found = []
@@ -202,7 +193,6 @@ class Tally:
     hangs: int = 0
     lost: int = 0
     differing: int = 0
-    left_behind: int = 0
     untold: int = 0
     resumed: int = 0
     slowest: dict[str, float] = field(default_factory=dict)
@@ -228,7 +218,7 @@ class Torture:
             path = self.folder / f"whole-{len(self.whole)}"
             began = time.monotonic()
             process = start(path, (*COMMON, *STRATEGIES[strategy]), self.folder / "whole.out")
-            self._until_it_trains(process, path, -1)
+            self._until_it_trains(process, path)
             trains = time.monotonic()
             if process.wait(timeout=600) != 0:
                 raise SystemExit(f"the undisturbed {strategy} run failed: {(self.folder / 'whole.out').read_text()}")
@@ -266,9 +256,9 @@ class Torture:
 
     def _break(self, fault: str, strategy: str, path: Path, options: tuple[str, ...]) -> bool:
         """Start or go on, break it at a random moment; whether there was still something to break."""
-        output, before = self.folder / "leg.out", last_step(path)
-        process = start(path, options if (path / "run.json").exists() or "--resume" not in options else options, output)
-        self._until_it_trains(process, path, before)
+        output = self.folder / "leg.out"
+        process = start(path, options, output)
+        self._until_it_trains(process, path)
         ranks = ranks_of(process.pid)
         time.sleep(self.draw.uniform(0, 0.6 * self.leg_seconds[strategy]))
         if process.poll() is not None or len(ranks) < RANKS:
@@ -290,7 +280,7 @@ class Torture:
             for number in (process.pid, *alive(ranks)):
                 os.kill(number, signal.SIGKILL)
             process.wait()
-        if process.returncode == 0:
+        if process.returncode == 0 or Run.open(path).description["status"] == "done":
             return False  # it was at its end when the fault came
         self.tally.faults[fault] += 1
         self.tally.slowest[fault] = max(self.tally.slowest.get(fault, 0), seconds)
@@ -334,8 +324,8 @@ class Torture:
             self.tally.differing += 1
             self.tally.note(f"{strategy} {path}: other than undisturbed: {', '.join(found)}")
 
-    def _until_it_trains(self, process: subprocess.Popen, path: Path, before: int) -> None:
-        """Wait until a leg has logged something new, or has ended."""
+    def _until_it_trains(self, process: subprocess.Popen, path: Path) -> None:
+        """Wait until a leg has taken the run in hand, or has ended."""
         end = time.monotonic() + START_SECONDS
         started = (path / "run.json").stat().st_mtime_ns if (path / "run.json").exists() else 0
         while process.poll() is None:

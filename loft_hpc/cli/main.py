@@ -1,5 +1,6 @@
 """The `loft` command: its subcommands, and the one place where failures become a line and an exit code."""
 
+import signal
 import sys
 import time
 import traceback
@@ -67,6 +68,8 @@ def loft() -> None:
 
 def main() -> None:
     """Entry point of the `loft` command."""
+    # a scheduler's warning that comes before a training or just after its end must not kill what it finds
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.exit(run(sys.argv[1:]))
 
 
@@ -96,8 +99,20 @@ def run(arguments: list[str]) -> int:
         return _fail(job, f"{where}{problem.strerror or problem}: mend the path, its permissions or the space on its disk", 1)
     except (KeyboardInterrupt, click.Abort):
         return _fail(job, "interrupted", 1)
-    except Exception:  # a defect of ours, or a machine that fails: everything that helps to find it
+    except Exception as problem:
+        if _is_out_of_memory(problem):
+            return _fail(
+                job,
+                f"out of memory ({(str(problem).splitlines() or ['none left'])[0][:200]}): lower --batch-size, or use more ranks or machines",
+                1,
+            )
+        # a defect of ours, or a machine that fails: everything that helps to find it
         return _fail(job, "unexpected failure\n" + traceback.format_exc(), 1)
+
+
+def _is_out_of_memory(problem: Exception) -> bool:
+    """Python's own error, torch's on a GPU, and its plain RuntimeError on a CPU."""
+    return isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError" or "allocate memory" in str(problem)
 
 
 def _fail(job: Job, message: str, code: int, everywhere: bool = False) -> int:

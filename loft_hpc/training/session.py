@@ -194,6 +194,7 @@ class Session:
         if asked_for:
             self._interrupted_at.append(self._step)
         tensors, progress = self._strategy.checkpoint()
+        self._consensus.confirm(tensors)
         if self._stretch.steps:
             progress = progress | {"epoch_so_far": self._stretch.to_json(self._world.gather_objects(self._stretch.losses))}
         ledger = Ledger()

@@ -39,7 +39,7 @@ def summed(losses: Tensor, first_step: int) -> tuple[float, int | None]:
 
 def bits(tensor: Tensor) -> int:
     """A sum over the bits of a float32 tensor, which any single change alters."""
-    return int(tensor.view(torch.int32).sum(dtype=torch.int64))
+    return int(tensor.reshape(-1).view(torch.int32).sum(dtype=torch.int64))
 
 
 def refuse_other_network(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -100,7 +100,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def digest(self) -> int:
-        """Of what all ranks must have alike just now, to the last bit: a number within 62 bits; 0 where there is nothing of the kind."""
+        """Of what all ranks must have alike just now, to the last bit: any number; 0 where there is nothing of the kind."""
 
     @abstractmethod
     def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
