@@ -4,9 +4,16 @@ set -u
 
 # Slurm's warning comes to this shell (--signal=B:USR1@...), which passes it on; mpirun and srun pass it on to all ranks. They finish
 # their step, write a checkpoint together and leave with 85.
-warned=
+warnings=0
 child=
-trap 'warned=yes; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null' USR1
+warn() {
+    warnings=$((warnings + 1))
+    [ -n "$child" ] || return
+    # Ranks that are only being started would miss it, or die of it.
+    while [ $((SECONDS - began)) -lt 5 ] && kill -0 "$child" 2>/dev/null; do sleep 1; done
+    kill -USR1 "$child" 2>/dev/null
+}
+trap warn USR1
 
 die() {
     echo "slurm: $1: $2" >&2
@@ -44,20 +51,20 @@ requeue() {
 # Runs a command and returns its exit code. Never returns once the job was told to end: then the job goes back into the queue.
 step() {
     local code heard
-    [ -z "$warned" ] || requeue
+    [ "$warnings" = 0 ] || requeue
+    began=$SECONDS
     "$@" &
     child=$!
-    [ -z "$warned" ] || kill -USR1 "$child"  # told between the two lines above
-    while :; do
-        heard=$warned
+    [ "$warnings" = 0 ] || warn  # told between the lines above
+    heard=-1
+    until [ "$heard" = "$warnings" ]; do  # a warning ends the wait, not the command
+        heard=$warnings
         wait "$child"
         code=$?
-        [ "$heard" = "$warned" ] || continue  # it was the warning that ended the wait
-        break
     done
     child=
     # 85, or killed by the warning while it was too young to know it. Whatever else is a failure, warned or not.
-    if [ "$code" = 85 ] || { [ -n "$warned" ] && [ "$code" -gt 128 ]; }; then requeue; fi
+    if [ "$code" = 85 ] || { [ "$warnings" -gt 0 ] && [ "$code" -gt 128 ]; }; then requeue; fi
     return "$code"
 }
 
