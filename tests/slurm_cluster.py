@@ -77,6 +77,7 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         self.folder = Path(tempfile.mkdtemp(prefix="loft-slurm-"))  # short: Slurm puts sockets there, whose paths may have 107 bytes
+        self.host = socket.gethostname().split(".")[0]
         self._daemons: list[subprocess.Popen] = []
         self.environment = _clean_environment() | LAUNCH_ENVIRONMENT | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path()}
         try:
@@ -97,10 +98,9 @@ class Cluster:
     def _start(self) -> None:
         for name in ("state", "spool"):
             (self.folder / name).mkdir()
-        host = socket.gethostname().split(".")[0]
         controller_port, node_port = _free_ports(2)
         text = _CONFIGURATION.format(
-            name=self.folder.name, host=host, folder=self.folder, cpus=CPUS, controller_port=controller_port, node_port=node_port
+            name=self.folder.name, host=self.host, folder=self.folder, cpus=CPUS, controller_port=controller_port, node_port=node_port
         )
         (self.folder / "slurm.conf").write_text(text)
         # Devices of some kind, for Slurm to count as GPUs.
@@ -111,7 +111,7 @@ class Cluster:
         self._daemon("munged", "--force", "--foreground", *(f"--{option}={self.folder}/munge.{file}" for option, file in files.items()))
         self._wait("munge's socket", (self.folder / "munge.socket").exists)
         self._daemon("slurmctld", "-D", "-c")
-        self._daemon("slurmd", "-D", "-N", host)
+        self._daemon("slurmd", "-D", "-N", self.host)
         self._wait("an idle node", lambda: " IDLE" in self.try_run("sinfo", "-h", "-o", " %T").stdout.upper())
 
     def _daemon(self, *command: str) -> None:
@@ -149,6 +149,10 @@ class Cluster:
         """`sbatch ARGUMENTS`, typed in the folder `cwd`."""
         out = self.run("sbatch", *arguments, cwd=cwd, environment=environment)
         return SlurmJob(self, int(re.search(r"Submitted batch job (\d+)", out)[1]), cwd)
+
+    def set_node(self, state: str) -> None:
+        """Tell the controller that the node is DOWN, or to RESUME it."""
+        self.run("scontrol", "update", f"NodeName={self.host}", f"State={state}", "Reason=test")
 
     def cancel_all(self) -> None:
         """Empty the queue, and wait until the node is free."""
@@ -223,6 +227,8 @@ class SlurmJob:
     def restart(self) -> None:
         """Start a job that was requeued, which Slurm holds back for two minutes."""
         self.wait_for_state("PENDING")
+        spool = self._cluster.folder / "spool"
+        self.wait("end of the old start's steps", lambda: not any(spool.glob(f"*[._]{self.number}.*")))
         time.sleep(3)  # sooner, the job's credential is refused
         self._cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
         self.wait_for_state("RUNNING", *ENDED)

@@ -1,6 +1,7 @@
 """The job scripts under a real Slurm of one node: to the end, preempted, cancelled, out of time, and typed wrongly."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,6 +111,17 @@ def test_a_finished_job_that_is_queued_again_changes_nothing(cluster, checkout, 
     assert files() == before
 
 
+def test_tickets_of_a_job_that_died_while_drawing_them_are_drawn_anew(cluster, checkout, undisturbed):
+    run = checkout / "runs" / "half"
+    shutil.copytree(run_of(checkout, undisturbed), run)
+    (run / ".drawing-tickets").touch()
+    (run / "tickets" / TICKET).rename(run / "tickets" / "another")
+    job = submit(cluster, checkout, LOFT_RUN=str(run))
+    assert job.wait_for_end() == "COMPLETED", job.output
+    assert [ticket.name for ticket in (run / "tickets").iterdir()] == [TICKET]
+    assert not (run / ".drawing-tickets").exists()
+
+
 def test_a_preempted_job_goes_on_and_ends_as_an_undisturbed_one(cluster, checkout, undisturbed, launcher):
     """Once by a job of more priority in the middle of pretraining, and once, by the same signal, in the middle of retraining."""
     job = submit(cluster, checkout, LOFT_LAUNCHER=launcher)
@@ -142,6 +154,17 @@ def test_a_warning_before_the_ranks_are_there_is_not_lost(cluster, checkout, lau
     assert job.fields["Restarts"] == "1" and job.processes() == []
 
 
+def test_a_job_whose_node_goes_down_goes_on_from_its_last_checkpoint(cluster, checkout):
+    job = submit(cluster, checkout, LOFT_OPTIONS="--widen 1 --epochs 500 --evaluate-every 500")
+    job.wait("checkpoint", lambda: any((run_of(checkout, job) / "checkpoints").glob("0*")))
+    cluster.set_node("DOWN")
+    job.wait_for_state("PENDING")
+    cluster.set_node("RESUME")
+    job.restart()
+    job.wait("going on", lambda: "going on at step" in job.output)
+    assert job.fields["Restarts"] == "1"
+
+
 @pytest.mark.parametrize("launcher", ["srun"], indirect=True)
 def test_a_termination_of_the_ranks_alone_makes_a_requeue_under_srun(cluster, checkout, launcher):
     """What a preemption begins with where Slurm does not send USR1 before it (no preempt_send_user_signal)."""
@@ -166,7 +189,7 @@ def test_a_cancelled_job_is_gone_and_can_be_gone_on_with(cluster, checkout, laun
     run = run_of(checkout, job)
     job.wait("checkpoint", lambda: any((run / "checkpoints").glob("0*")))
     cluster.run("scancel", str(job.number))
-    job.wait("end of all processes", lambda: job.processes() == [], seconds=20)
+    job.wait("end of all processes", lambda: job.processes() == [], seconds=60)
     assert job.state == "CANCELLED" and job.fields["Restarts"] == "0"
     again = submit(cluster, checkout, LOFT_LAUNCHER=launcher, LOFT_OPTIONS=options, LOFT_RUN=str(run))
     again.wait("going on", lambda: "going on at step" in again.output)
