@@ -7,12 +7,12 @@ import time
 
 import pytest
 import torch
-from test_faults import start_training
 
 from loft_hpc.runs.files import read_tensors
 from loft_hpc.runs.run import Run
 
 from launching import loft, told
+from test_faults import start_training
 
 SMALL = ("--model", "resnet20", "--epochs", "4", "--batch-size", "32", "--statistics-batches", "2", "--snapshot-every", "0")
 STRATEGIES = {

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_faults import FAULTS, FAULTY, LONG, alive, rank_processes, start_training
 
 import loft_hpc
 from loft_hpc.runs.run import Run
 
 from launching import launch, loft, told
+from test_faults import FAULTS, FAULTY, LONG, alive, rank_processes, start_training
 
 sys.path.insert(0, str(FAULTS))
 from faulty import EXCEPTION

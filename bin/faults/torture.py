@@ -18,10 +18,11 @@ from pathlib import Path
 
 import click
 import torch
-from faulty import BIT, EXCEPTION, NAN
 
 from loft_hpc.runs.files import read_tensors
 from loft_hpc.runs.run import Run
+
+from faulty import BIT, EXCEPTION, NAN
 
 RANKS = 4
 STALL_SECONDS = 5

@@ -100,4 +100,4 @@ def open_data(settings: DataSettings, device: torch.device, world: World) -> Dat
         return cifar(settings.dataset, folder, settings.download, device, world)
     from loft_hpc.data.folders import FolderDataSet
 
-    return FolderDataSet(settings.dataset, folder, settings.image_size or 224, settings.loader_workers, device)
+    return FolderDataSet(settings.dataset, folder, settings.image_size or 224, settings.loader_workers, device, world)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from check_emergence import mark_as_running
 
 from loft_hpc.cli.main import INTERRUPTED, run
 from loft_hpc.cli.progress import Progress
@@ -17,6 +16,8 @@ from loft_hpc.jobs.commcost import run_cost
 from loft_hpc.runs.files import read_tensors
 from loft_hpc.runs.run import Run
 from loft_hpc.training.buffers import ParameterBuffer
+
+from check_emergence import mark_as_running
 
 SIZES = (1, 2, 4)
 # 11 steps an epoch
