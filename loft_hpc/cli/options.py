@@ -8,6 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from loft_hpc.analysis.timing import EXAMPLES
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings
 from loft_hpc.training.settings import PRECISIONS, SCHEDULES, Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 
@@ -90,6 +91,12 @@ def plot_option(help: str) -> Decorator:
         return None if name is None else Path(name)
 
     return click.option("--plot", type=click.Path(), callback=check, help=f"PNG file: {help}")
+
+
+def cluster_option(help: str) -> Decorator:
+    """--cluster, a file of `loft_hpc.analysis.timing.Cluster`."""
+    examples = ", ".join(sorted(file.stem for file in EXAMPLES.glob("*.toml")))
+    return click.option("--cluster", "cluster_name", metavar="FILE", help=f"TOML file of a cluster, or an example ({examples}): {help}")
 
 
 def snapshot_options(every: str = default(Snapshots, "snapshot_every")) -> Decorator:

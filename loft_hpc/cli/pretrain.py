@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from loft_hpc.cli.context import Job, format_option
+from loft_hpc.cli.dryrun import dry_run_options, show_plan, wants_plan
 from loft_hpc.cli.options import (
     checkpoint_options,
     data_options,
@@ -87,6 +88,7 @@ pipeline_options = several(
 @device_option
 @precision_option
 @run_options
+@dry_run_options
 @format_option
 @click.pass_context
 def command(context: click.Context, run_path: str | None, resume: bool, format: str, **options: Any) -> None:
@@ -123,7 +125,11 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
         raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --stop-when-stable")
     path = Path(run_path) if run_path else None
     supervision = fill(Supervision, options)
+    planning = wants_plan(context)
     job.join()
+    if planning:
+        show_plan(context, given)
+        return
     settings = for_run(given, "pretrain", typed(context), path, resume)
     world = job.world
     speaks = world.rank == 0 and format == "table"

@@ -86,10 +86,9 @@ class GPipe(Strategy):
         stop_statistics(stage)
         stage.train()
         self._sgd = FlatSGD((self._buffer,), optimisation, total_steps)
-        outputs = architecture.block_outputs(data.info.image_size)
+        borders = self._part.borders(architecture.block_outputs(data.info.image_size))
         self._pipeline = Pipeline(
-            stage, self._part, None if self._part.begins else outputs[self._part.first - 2],
-            None if self._part.ends else outputs[self._part.last - 1], settings.micro_batches, order.batch_size, Messages(world),
+            stage, self._part, *borders, settings.micro_batches, order.batch_size, Messages(world),
             world.rank, settings.recompute, precision == "bfloat16", device,
         )  # fmt: skip
         self._step = 0
