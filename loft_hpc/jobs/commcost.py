@@ -18,8 +18,9 @@ from loft_hpc.analysis.traffic import (
     pipeline_step,
 )
 from loft_hpc.comm.ledger import Entry, Ledger
+from loft_hpc.data.registry import IMAGE_SIZES
 from loft_hpc.errors import LoftError
-from loft_hpc.filterwise.partition import deal, leaving
+from loft_hpc.filterwise.partition import check_workers, deal, leaving
 from loft_hpc.jobs.prediction import averaging_rounds, division_of, exchange_flows
 from loft_hpc.jobs.pretrain import PretrainSettings, settings_of
 from loft_hpc.models.architecture import Architecture
@@ -30,6 +31,8 @@ from loft_hpc.training.interval import passes
 
 TRAINING = ("partitioned", "shared", "activation", "gradient", "merge")
 """Purposes that the formulas speak of; `control` holds what their sizes do not decide (objects, statistics of evaluations)."""
+MOST_ROUNDS = 1_000_000
+"""The formulas go through a run round by round."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,14 @@ def run_cost(path: Path) -> RunCost:
     ledgers = run.read_ledgers()
     for ledger in ledgers:
         total.add(ledger)
-    steps, per_epoch = (run.description.get(name) for name in ("total_steps", "steps_per_epoch"))
-    steps = run.description.get("results", {}).get("steps", steps)  # fewer, where it was stopped early
-    if not isinstance(steps, int) or not isinstance(per_epoch, int):
+    planned, per_epoch, workers = (run.required(name, int) for name in ("total_steps", "steps_per_epoch", "world_size"))
+    steps = (run.description.get("results") or {}).get("steps", planned)  # fewer, where it was stopped early
+    if type(steps) is not int or not 1 <= steps <= planned:
         raise LoftError(f"{path / 'run.json'} does not say how many steps were made: restore it")
-    workers = len(ledgers)
+    if len(ledgers) != workers:
+        raise LoftError(f"{path / 'ledger.json'} holds {len(ledgers)} ledgers for {workers} ranks: restore it")
+    if settings.strategy == "loft" and workers > 1 and steps > MOST_ROUNDS * settings.loft.local_iterations:
+        raise LoftError(f"{path} made more than {MOST_ROUNDS:,} rounds: too many to go through")
     expected = as_ledger(list(_run_flows(run, settings, workers, steps, per_epoch)))
     rows = [
         LedgerRow(operation, purpose, expected.entry(operation, purpose), total.entry(operation, purpose))
@@ -112,11 +118,13 @@ def _run_flows(run: Run, settings: PretrainSettings, workers: int, steps: int, p
         yield broadcast(parameters, FLOAT32_BYTES, workers, "shared")
         yield from (flow.times(steps) for flow in data_parallel_step(parameters, workers))
     elif settings.strategy == "gpipe":
-        size = run.description["data"]["image_size"]
+        size = run.required("data", dict).get("image_size")
+        if type(size) is not int or size not in IMAGE_SIZES:
+            raise LoftError(f"{run.path / 'run.json'} does not say its image_size: restore it")
         crossing = crossing_elements(network, size, cuts(network, settings.pipeline.split, workers, size))
         yield from (flow.times(steps) for flow in pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches))
         # at the start, wherever the full network is looked at, and its momentum at the end of every epoch
-        looks = len(_full_looks(settings, range(steps + 1), steps, per_epoch))
+        looks = _full_steps(settings, steps, per_epoch)
         yield all_gather(parameters, FLOAT32_BYTES, workers, "merge").times(1 + looks + math.ceil(steps / per_epoch))
     else:
         yield from _loft_run_flows(settings, network, workers, steps, per_epoch)
@@ -125,6 +133,7 @@ def _run_flows(run: Run, settings: PretrainSettings, workers: int, steps: int, p
 def _loft_run_flows(settings: PretrainSettings, network: Architecture, workers: int, steps: int, per_epoch: int) -> Iterator[Flow]:
     loft = settings.loft
     divided = division_of(network, loft.partition)
+    check_workers(partitioned_groups(filter_groups(network), loft.partition), workers)
     yield broadcast(divided.partitioned, FLOAT32_BYTES, workers, "partitioned")
     yield broadcast(divided.shared, FLOAT32_BYTES, workers, "shared")
     averaging = list(averaging_rounds(loft, steps, (per_epoch, settings.snapshots.every.steps(per_epoch))))
@@ -139,6 +148,14 @@ def _loft_run_flows(settings: PretrainSettings, network: Architecture, workers: 
         if loft.momentum_across_rounds == "carry":
             times += sum(passes(*around, per_epoch) or around[1] == steps for around in pairwise(ends))
         yield all_gather(divided.partitioned, FLOAT32_BYTES, workers, "merge").times(times)
+
+
+def _full_steps(settings: PretrainSettings, steps: int, per_epoch: int) -> int:
+    """The number of `_full_looks` where a full network can be had after every step."""
+    snapshot_steps = settings.snapshots.every.steps(per_epoch) if settings.snapshots.snapshot_tensors else 0
+    every = [interval for interval in (per_epoch, snapshot_steps) if interval]
+    both = steps // math.lcm(*every) if len(every) == 2 else 0
+    return sum(steps // interval for interval in every) - both + all(steps % interval for interval in every)
 
 
 def _full_looks(settings: PretrainSettings, points: Sequence[int], steps: int, per_epoch: int) -> list[int]:

@@ -70,7 +70,7 @@ def sweep(
     `recipe` says how the tickets of a run are retrained. What is done is not done again: tickets and retrained runs that are there are
     used, and an interrupted retraining goes on. Raises LoftError where a sweep of this name was made with another recipe.
     """
-    opened = {path.resolve(): Run.open(path) for path in runs}
+    opened = {path.resolve(): Run.open_to_write(path) for path in runs}
     work = [(run, at, pruning) for run in opened.values() for at in _snapshots(run, settings.at) for pruning in settings.prunings]
     labels = _labels(list(opened.values()))
     recipes = {run.path: recipe(run) for run in opened.values()}

@@ -16,7 +16,7 @@ from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.resnet import ResidualNetwork
 from loft_hpc.training.buffers import Layout
 
-_BY_HAND = r"\d+(,\d+)*"
+_BY_HAND = r"\d{1,9}(,\d{1,9})*"
 
 
 def check_split(split: str) -> None:

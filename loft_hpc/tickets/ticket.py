@@ -87,7 +87,7 @@ class Ticket:
         selection = {}
         for group in filter_groups(architecture):
             mask = masks.get(group.name)
-            if mask is None or mask.shape != (group.width,) or mask.max() > 1 or not mask.any():
+            if mask is None or mask.dtype != torch.uint8 or mask.shape != (group.width,) or mask.max() > 1 or not mask.any():
                 raise LoftError(f"{path / 'mask.safetensors'} holds no mask of 0 and 1 over the {group.width} filters of {group.name}")
             selection[group.name] = mask.nonzero().flatten()
             if widths.get(group.name) != len(selection[group.name]):
