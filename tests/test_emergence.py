@@ -17,7 +17,6 @@ from loft_hpc.jobs.pretrain import PretrainSettings
 from loft_hpc.jobs.retrain import RetrainSettings
 from loft_hpc.jobs.settings import from_json
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.scores import by_group
 from loft_hpc.runs.run import Run
 from loft_hpc.training.interval import Interval, next_multiple, passes

@@ -45,7 +45,7 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
     if isinstance(hint, UnionType):
         chosen = type(None) if value is None else next(kind for kind in get_args(hint) if kind is not type(None))
         return _typed(chosen, value, name)
-    if get_origin(hint) is tuple and isinstance(value, list):
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
         return tuple(_typed(get_args(hint)[0], item, name) for item in value)
     kinds = (int, float) if hint is float else (hint,)
     if type(value) not in kinds:
