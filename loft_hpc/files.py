@@ -1,13 +1,15 @@
 """Writing that never leaves half a file behind, and reading that says in one line what is wrong."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +17,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from loft_hpc.errors import LoftError
+
+JSON_BYTES = 32 << 20
+"""No JSON file of ours is larger: the ledgers of 10,000 ranks fit. Reading one costs some twenty times its size in memory at worst."""
+
+_DEPTH = 32
+"""Nor nested more deeply: what reads, compares and writes them again may recurse."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -68,10 +76,29 @@ def write_json(path: Path, fields: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(fields, indent=2) + "\n").encode())
 
 
+def open_plain(path: Path) -> BinaryIO:
+    """A file for reading. Raises OSError for a pipe, a device or a folder, where reading might wait or go on for ever."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "no plain file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_text(path: Path, limit: int) -> str:
+    """A UTF-8 file of at most `limit` bytes. Raises OSError where it cannot be read, ValueError where it is anything else."""
+    with open_plain(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"more than {limit} bytes")
+    return content.decode()
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises LoftError where it is missing, no JSON, or no object."""
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(read_text(path, JSON_BYTES))
+        _refuse_deep(fields)
     except FileNotFoundError:
         raise LoftError(f"there is no {path}") from None
     except (OSError, ValueError, RecursionError) as problem:
@@ -79,6 +106,30 @@ def read_json(path: Path) -> dict:
     if not isinstance(fields, dict):
         raise LoftError(f"{path} holds no JSON object: restore it or make the run anew")
     return fields
+
+
+def _refuse_deep(value: Any) -> None:
+    level = [value]
+    for _ in range(_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [item for items in inner for item in items]
+    if level:
+        raise ValueError("nested too deeply")
+
+
+def refuse_links_outside(folder: Path) -> None:
+    """Raises LoftError if a symbolic link below `folder` leads out of it: what is written there would land among somebody's other files.
+
+    The folder itself may be a link.
+    """
+    home = folder.resolve()
+    for place, folders, files in os.walk(home):
+        for name in folders + files:
+            entry = Path(place, name)
+            if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(home):
+                raise LoftError(
+                    f"{folder / entry.relative_to(home)} is a link out of {folder}, and nothing is written through it: put there what it points to"
+                )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -91,17 +142,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that `write_tensors` wrote. Raises LoftError where it is missing, torn or altered."""
     if not path.is_file():
         raise LoftError(f"there is no {path}")
+    if path.stat().st_size > _memory_bytes() // 2:
+        raise LoftError(f"{path} holds more than half of this machine's memory: restore it or make it anew")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dictionary; not the mapped file)
             expected = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError, ValueError) as problem:
+    except (SafetensorError, OSError, ValueError, AttributeError) as problem:  # AttributeError: a type that this torch does not have
         raise LoftError(
             f"{path} is truncated or no safetensors file ({str(problem).splitlines()[0]}): restore it or make it anew"
         ) from None
     if expected != checksum(tensors):
         raise LoftError(f"{path} was altered after it was written (its checksum does not fit): restore it or make it anew")
     return tensors
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -114,9 +114,9 @@ def test_a_slow_link_paces_a_pipeline():
     [
         ('name = "x"\nlatency_seconds = 1e-6\n', "lacks bandwidth_bytes_per_second, flops_per_second"),
         ("name = ", "is no TOML file"),
-        ('name = "x"\nlatency_seconds = -1\nbandwidth_bytes_per_second = 1\nflops_per_second = 1', "latency_seconds = -1 must be a number from 0"),
-        ('name = "x"\nlatency_seconds = 1\nbandwidth_bytes_per_second = "1G"\nflops_per_second = 1', "must be a number above 0"),
-        ('name = "x"\nlatency_seconds = 1\nbandwidth_bytes_per_second = 0\nflops_per_second = 1', "must be a number above 0"),
+        ('name = "x"\nlatency_seconds = -1\nbandwidth_bytes_per_second = 1\nflops_per_second = 1', "latency_seconds must be a number from 0"),
+        ('name = "x"\nlatency_seconds = 1\nbandwidth_bytes_per_second = "1G"\nflops_per_second = 1', "bandwidth_bytes_per_second must be a number from 1"),
+        ('name = "x"\nlatency_seconds = 1\nbandwidth_bytes_per_second = 0\nflops_per_second = 1', "bandwidth_bytes_per_second must be a number from 1"),
         ('name = "x"\nlatency_seconds = 1\nbandwidth_bytes_per_second = 1\nflops_per_second = 1\nflop = 2', "has flop, which no cluster has"),
     ],
 )  # fmt: skip

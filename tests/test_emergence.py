@@ -16,6 +16,7 @@ from loft_hpc.filterwise.loft import LoftSettings, averages
 from loft_hpc.jobs.pretrain import PretrainSettings
 from loft_hpc.jobs.retrain import RetrainSettings
 from loft_hpc.jobs.settings import from_json
+from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.scores import by_group
 from loft_hpc.runs.run import Run
 from loft_hpc.training.interval import Interval, next_multiple, passes
@@ -162,7 +163,8 @@ def test_scores_read_back_stand_in_forward_order(tmp_path):
         {f"{criterion}/layer1.{block}": torch.rand(5, generator=draw) for criterion in ("l2", "l1", "bn-scale") for block in range(12)}
     ]
     snapshots.append({name: tensor.clone() for name, tensor in snapshots[0].items()})
-    run_ = Run(tmp_path, {})
+    network = Architecture("many", (12,), (5,), False, 1, "cifar", 1, 10)
+    run_ = Run(tmp_path, {"architecture": network.to_json()})
     run_.snapshots.write_scores(0, snapshots[0])
     back = run_.snapshots.read_scores(0)
     assert list(by_group(back, "l2")) == [f"layer1.{block}" for block in range(12)]

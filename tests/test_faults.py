@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loft_hpc.runs.files import read_tensors
+from loft_hpc.files import read_tensors
 from loft_hpc.runs.run import Run
 
 from launching import LAUNCH_ENVIRONMENT, launch, loft, told

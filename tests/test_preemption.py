@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from loft_hpc.runs.files import read_tensors
+from loft_hpc.files import read_tensors
 from loft_hpc.runs.run import Run
 
 from launching import loft, told

@@ -8,8 +8,8 @@ import torch
 
 from loft_hpc.comm.ledger import Entry, Ledger
 from loft_hpc.errors import LoftError
+from loft_hpc.files import read_json, read_tensors, write_atomically, write_tensors
 from loft_hpc.runs.checkpoints import Checkpoint
-from loft_hpc.runs.files import read_json, read_tensors, write_atomically, write_tensors
 from loft_hpc.runs.run import Run, claim_default_path
 
 from tiny import tiny

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loft_hpc.runs.files import read_json, read_tensors
+from loft_hpc.files import read_json, read_tensors
 
 from slurm_cluster import CPUS, Cluster, SlurmJob, available
 

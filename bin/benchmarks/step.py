@@ -76,7 +76,9 @@ class Case:
         return step
 
     def _sub_widths(self) -> dict[str, torch.Tensor]:
-        state = SubNetwork(self._architecture, self._groups, 0, self.workers, torch.device("cpu"), momentum_travels=False).network.state_dict()
+        state = SubNetwork(
+            self._architecture, self._groups, 0, self.workers, torch.device("cpu"), momentum_travels=False
+        ).network.state_dict()
         return {group.name: state[group.filters] for group in self._groups}
 
 
@@ -111,7 +113,11 @@ def sides(case: Case, compiled: bool) -> Iterator[tuple[str, Step]]:
 @click.option("--repetitions", type=click.IntRange(3), default=21, show_default=True)
 def main(model: str, workers: int, batch_size: int, precisions: tuple[str, ...], with_compile: bool, repetitions: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    )
     click.echo(f"{model} on 32x32 images, batch {batch_size}, {repetitions} repetitions, torch {torch.__version__}, {name}")
     images = torch.randn(batch_size, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     batch = images, torch.randint(10, (batch_size,), device=device)

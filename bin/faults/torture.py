@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 import torch
 
-from loft_hpc.runs.files import read_tensors
+from loft_hpc.files import read_tensors
 from loft_hpc.runs.run import Run
 
 from faulty import BIT, EXCEPTION, NAN

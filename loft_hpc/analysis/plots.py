@@ -53,7 +53,8 @@ def plot_costs(costs: Sequence[Cost], path: Path, title: str, cluster: str | Non
     """Bytes delivered over the training, and beside them seconds per epoch where a cluster is given, over the number of workers."""
     values = [("payload delivered to workers, whole training (GB)", lambda cost: cost.delivered_bytes / 1e9)]
     if cluster:
-        values.append((f"seconds per epoch, predicted for {cluster}", lambda cost: cost.seconds_per_epoch.total))
+        name = cluster.replace("$", r"\$")  # no formula
+        values.append((f"seconds per epoch, predicted for {name}", lambda cost: cost.seconds_per_epoch.total))
     possible = [cost for cost in costs if not cost.impossible]
     numbers = sorted({cost.workers for cost in costs})
     with _figure(path, 1, len(values), (12 if cluster else 6.5, 4.8)) as (figure, panels):

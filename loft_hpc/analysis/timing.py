@@ -20,6 +20,7 @@ from pathlib import Path
 
 from loft_hpc.analysis.traffic import Flow
 from loft_hpc.errors import LoftError
+from loft_hpc.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,6 +29,13 @@ else:
 
 BACKWARD_PER_FORWARD = 2
 EXAMPLES = Path(__file__).parent / "clusters"
+_FILE_BYTES = 1 << 16
+_BOUNDS = {
+    "latency_seconds": (0, 1e3),
+    "bandwidth_bytes_per_second": (1, 1e18),
+    "flops_per_second": (1, 1e24),
+}
+"""From the least to the most that any cluster has; in between, all that is computed from them is a finite number."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,8 @@ class Cluster:
             there = ", ".join(sorted(file.stem for file in EXAMPLES.glob("*.toml")))
             raise LoftError(f"no cluster file {name}: give a TOML file, or one of the examples {there}")
         try:
-            values = tomllib.loads(path.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+            values = tomllib.loads(read_text(path, _FILE_BYTES))
+        except (ValueError, RecursionError) as problem:
             raise LoftError(f"{path} is no TOML file ({problem})") from None
         known = {field.name for field in fields(cls)}
         missing = sorted(known - {"source"} - values.keys())
@@ -63,11 +71,13 @@ class Cluster:
         strange = sorted(values.keys() - known)
         if strange:
             raise LoftError(f"{path} has {strange[0]}, which no cluster has: its keys are {', '.join(sorted(known))}")
-        for key in ("latency_seconds", "bandwidth_bytes_per_second", "flops_per_second"):
+        for key, (least, most) in _BOUNDS.items():
             value = values[key]
-            least = 0 if key == "latency_seconds" else math.ulp(0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
-                raise LoftError(f"{path}: {key} = {value!r} must be a number {'from' if not least else 'above'} 0")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+                raise LoftError(f"{path}: {key} must be a number from {least} to {most:g}")
+        for key in ("name", "source"):
+            if not isinstance(values.get(key, ""), str):
+                raise LoftError(f"{path}: {key} must be a text in quotation marks")
         return cls(**values)
 
     def message_seconds(self, size: float) -> float:

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from loft_hpc.training.interruption import Interruption
 
 
+def printable(text: str) -> str:
+    """The text with all that could move a terminal's cursor, or that is no character, spelt out: names come from other people's files."""
+    return "".join(letter if letter == "\n" or letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def tell(text: str) -> None:
+    """A line on the screen."""
+    click.echo(printable(text))
+
+
 class Job:
     """The running command."""
 
@@ -55,7 +65,7 @@ class Job:
 
     def say(self, text: str) -> None:
         if self.speaks:
-            click.echo(text)
+            tell(text)
 
     def show(self, format: str, fields: dict[str, Any], text: str) -> None:
         """Results, as JSON with stable keys or as the text that a person reads."""

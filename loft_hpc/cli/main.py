@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import click
 
 from loft_hpc import __version__
-from loft_hpc.cli.context import Job
+from loft_hpc.cli.context import Job, printable
 from loft_hpc.comm.launch import announced_rank
 from loft_hpc.errors import Interrupted, LoftError
 from loft_hpc.training.interruption import Interruption
@@ -89,23 +89,20 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as problem:
         context = getattr(problem, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context else ""
-        return _fail(job, " ".join(problem.format_message().split()) + hint, problem.exit_code, everywhere=True)
+        return _fail(job, _line(" ".join(problem.format_message().split()) + hint), problem.exit_code, everywhere=True)
     except Interrupted as problem:
-        return _fail(job, str(problem), INTERRUPTED, everywhere=True)
+        return _fail(job, _line(problem), INTERRUPTED, everywhere=True)
     except LoftError as problem:
-        return _fail(job, str(problem), 2 if problem.usage else 1, problem.everywhere)
+        return _fail(job, _line(problem), 2 if problem.usage else 1, problem.everywhere)
     except OSError as problem:
         where = f"{problem.filename}: " if problem.filename else ""
-        return _fail(job, f"{where}{problem.strerror or problem}: mend the path, its permissions or the space on its disk", 1)
+        return _fail(job, _line(f"{where}{problem.strerror or problem}: mend the path, its permissions or the space on its disk"), 1)
     except (KeyboardInterrupt, click.Abort):
         return _fail(job, "interrupted", 1)
     except Exception as problem:
         if _is_out_of_memory(problem):
-            return _fail(
-                job,
-                f"out of memory ({(str(problem).splitlines() or ['none left'])[0][:200]}): lower --batch-size, or use more ranks or machines",
-                1,
-            )
+            what = (str(problem).splitlines() or ["none left"])[0][:200]
+            return _fail(job, _line(f"out of memory ({what}): lower --batch-size, or use more ranks or machines"), 1)
         # a defect of ours, or a machine that fails: everything that helps to find it
         return _fail(job, "unexpected failure\n" + traceback.format_exc(), 1)
 
@@ -113,6 +110,10 @@ def run(arguments: list[str]) -> int:
 def _is_out_of_memory(problem: Exception) -> bool:
     """Python's own error, torch's on a GPU, and its plain RuntimeError on a CPU."""
     return isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError" or "allocate memory" in str(problem)
+
+
+def _line(message: object) -> str:
+    return " ".join(printable(str(message)).split("\n"))
 
 
 def _fail(job: Job, message: str, code: int, everywhere: bool = False) -> int:

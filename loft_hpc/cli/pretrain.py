@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from loft_hpc.cli.context import Job, format_option
+from loft_hpc.cli.context import Job, format_option, tell
 from loft_hpc.cli.dryrun import dry_run_options, show_plan, wants_plan
 from loft_hpc.cli.options import (
     checkpoint_options,
@@ -134,7 +134,7 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
     world = job.world
     speaks = world.rank == 0 and format == "table"
     if speaks:
-        click.echo(
+        tell(
             f"pretraining {settings.model} on {settings.data.label} with {settings.strategy} over {world.size} rank{'s' * (world.size > 1)}"
         )
     path, outcome = pretrain(settings, path, resume, world, Oversight(Progress(speaks), job.interruption, supervision))

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from loft_hpc.cli.context import tell
 from loft_hpc.comm.launch import output_is_terminal
 
 
@@ -21,9 +22,9 @@ class Progress:
     def started(self, path: str, total_steps: int, done_steps: int) -> None:
         self._done = done_steps
         if self._speaks:
-            click.echo(f"run: {path}")
+            tell(f"run: {path}")
         if done_steps and self._speaks:
-            click.echo(f"going on at step {done_steps} of {total_steps}")
+            tell(f"going on at step {done_steps} of {total_steps}")
         if self._speaks and output_is_terminal():
             self._bar = click.progressbar(length=total_steps, label="training", item_show_func=lambda text: text, file=sys.stdout)
             self._bar.update(done_steps)
@@ -41,7 +42,7 @@ class Progress:
         line = f"epoch {epoch:>{len(str(epochs))}}/{epochs}   loss {loss:7.4f}{judged}{moved}   {seconds:6.1f} s"
         if self._bar:
             click.echo("\r\033[K", nl=False)  # the bar gives way to the line and is drawn again below it
-        click.echo(line)
+        tell(line)
         if self._bar:
             if epoch < epochs:
                 self._bar.render_progress()
@@ -50,7 +51,7 @@ class Progress:
 
     def other_world_size(self, before: int, now: int) -> None:
         if self._speaks:
-            click.echo(f"{before} ranks began this run, {now} go on: deals, data order and rounding are others from here on")
+            tell(f"{before} ranks began this run, {now} go on: deals, data order and rounding are others from here on")
 
     def fell_back(self, problem: str) -> None:
         click.echo(f"loft: note: the newest checkpoint is broken, an earlier one is used: {problem}", err=True)
@@ -59,4 +60,4 @@ class Progress:
         if self._bar:
             self._bar.render_finish()
         if self._speaks:
-            click.echo(f"the filters' rankings stand still: stopped after {epoch:g} of {epochs} epochs")
+            tell(f"the filters' rankings stand still: stopped after {epoch:g} of {epochs} epochs")

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from loft_hpc.cli.context import Job, format_option
+from loft_hpc.cli.context import Job, format_option, tell
 from loft_hpc.cli.options import (
     checkpoint_options,
     device_option,
@@ -80,7 +80,7 @@ def command(
     world = job.world
     speaks = world.rank == 0 and format == "table"
     if speaks:
-        click.echo(f"retraining {ticket} on {data.label} over {world.size} rank{'s' * (world.size > 1)}")
+        tell(f"retraining {ticket} on {data.label} over {world.size} rank{'s' * (world.size > 1)}")
     path, outcome = retrain(source, settings, path, resume, world, Oversight(Progress(speaks), job.interruption, supervision))
     score = outcome.score
     fields = {

@@ -1,5 +1,6 @@
 """From options to settings, a resumed run's own settings included."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ def for_run(given: Settings, kind: str, typed: set[str], path: Path | None, resu
     if run.description.get("kind") != kind:
         raise LoftError(f"{path} is a {run.description.get('kind')} run: it cannot be resumed by loft {kind}")
     own = from_json(type(given), run.configuration)
+    own = replace(own, data=replace(own.data, download=given.data.download))
     before, now = flatten(own), flatten(given)
     for name in sorted(typed & now.keys()):
         if before[name] != now[name]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loft_hpc.cli.context import Job, format_option, table
+from loft_hpc.cli.context import Job, format_option, table, tell
 from loft_hpc.cli.options import (
     device_option,
     fill,
@@ -41,7 +41,7 @@ class SweepProgress:
     def point_done(self, number: int, points: int, point: Point, seconds_left: float | None) -> None:
         if self._speaks:
             left = f"   about {_duration(seconds_left)} left" if seconds_left and number < points else ""
-            click.echo(
+            tell(
                 f"{number:>{len(str(points))}}/{points}   {point.run.name}   {point.snapshot}, {100 * point.ratio:g} % pruned: "
                 f"{100 * point.accuracy:.2f} %{left}"
             )

@@ -5,6 +5,10 @@ from dataclasses import asdict, dataclass, field
 PURPOSES = ("partitioned", "shared", "activation", "gradient", "merge", "control")
 """`merge`: putting the full network together for an evaluation, a snapshot or a checkpoint, where the steps leave it in parts."""
 
+MOST = 2**63
+"""No count reaches it."""
+OPERATIONS = ("allreduce", "allgather", "alltoall", "broadcast", "send", "receive")
+
 
 @dataclass
 class Entry:
@@ -29,7 +33,7 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Entries by operation (`allreduce`, `allgather`, `alltoall`, `broadcast`, `send`, `receive`) and purpose, for one rank or for all together."""
+    """Entries by operation and purpose, for one rank or for all together."""
 
     entries: dict[str, dict[str, Entry]] = field(default_factory=dict)
 
@@ -64,8 +68,12 @@ class Ledger:
         """The inverse of `to_json`. Raises TypeError, AttributeError or ValueError for anything else."""
         ledger = cls()
         for operation, purposes in fields.items():
+            if operation not in OPERATIONS:
+                raise ValueError(f"unknown operation {operation!r}")
             for purpose, entry in purposes.items():
-                ledger.record(operation, purpose, Entry(**{name: int(value) for name, value in entry.items()}))
+                if any(type(value) is not int or not 0 <= value < MOST for value in entry.values()):
+                    raise ValueError(f"{operation} {purpose} is not counted in whole numbers")
+                ledger.record(operation, purpose, Entry(**entry))
         return ledger
 
 

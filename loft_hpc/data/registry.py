@@ -1,6 +1,6 @@
 """Data sets by name."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ DATASET_NAMES = ("digits", "textures", "cifar10", "cifar100", "imagenet", "image
 CIFAR = ("cifar10", "cifar100")
 FIXED_SIZE = ("digits", *CIFAR)
 _LABEL_BYTES = 8
+IMAGE_SIZES = range(8, 1025)
+MAX_LOADER_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class DataSettings:
     """Folder that holds the files of cifar10, cifar100, imagenet and imagefolder."""
     image_size: int | None = None
     """Height and width in pixels; None for the data set's own. digits and CIFAR have a fixed one."""
-    download: bool = False
+    download: bool = field(default=False, metadata={"ordered": True})
+    """Fetch them first. Somebody's run is no order to write into `data_dir`: of settings on disk this one is not read."""
     loader_workers: int = 2
     """Processes per rank that decode image files (imagenet, imagefolder)."""
 
@@ -90,6 +93,14 @@ class DataSettings:
             raise LoftError(f"unknown data set '{self.dataset}': choose one of {', '.join(DATASET_NAMES)}")
         if self.image_size is not None and self.dataset in FIXED_SIZE:
             raise LoftError(f"{self.dataset} images have one size: leave --image-size away", usage=True)
+        if self.image_size is not None and self.image_size not in IMAGE_SIZES:
+            raise LoftError(f"--image-size {self.image_size} must lie between {IMAGE_SIZES[0]} and {IMAGE_SIZES[-1]}", usage=True)
+        if self.dataset == "synthetic" and (self.image_size or 0) > 256:
+            raise LoftError("synthetic images have at most 256 pixels per side, for they lie in memory: lower --image-size", usage=True)
+        if not 0 <= self.loader_workers <= MAX_LOADER_WORKERS:
+            raise LoftError(f"--loader-workers {self.loader_workers} must lie between 0 and {MAX_LOADER_WORKERS}", usage=True)
+        if "\0" in self.data_dir:
+            raise LoftError("--data-dir names no folder: it holds a null byte", usage=True)
         if self.download and self.dataset not in CIFAR:
             raise LoftError(f"--download serves cifar10 and cifar100; {self.dataset} is not fetched", usage=True)
 

@@ -167,16 +167,17 @@ class Loft(Strategy):
         return tensors, {"round": self._round}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        state, momentum = {}, {}
-        for key, tensor in checkpoint.tensors.items():
-            kind, name = key.split("/", 1)
-            (state if kind == "parameters" else momentum)[name] = tensor
-        refuse_other_network(state, self.full_state())
-        self._step, self._round = checkpoint.step, int(checkpoint.progress["round"])
+        tensors, whole = checkpoint.tensors, self.full_state()
+        kinds = ("parameters", "momentum") if any(key.startswith("momentum/") for key in tensors) else ("parameters",)
+        refuse_other_network(tensors, {f"{kind}/{name}": tensor for kind in kinds for name, tensor in whole.items()})
+        if "round" not in checkpoint.progress:
+            raise LoftError("the checkpoint says no round: it belongs to another strategy")
+        state, *momentum = ({name: tensors[f"{kind}/{name}"] for name in whole} for kind in kinds)
+        self._step, self._round = checkpoint.step, checkpoint.progress["round"]
         self._deal = deal(self.groups, self._world.size, self._seed, self._round)
         self._whole = {name: state[name] for name in self._names}
         self._alike = True
         self._sub.load(state, self._deal[self._world.rank])
         if momentum:
-            self._sub.load_momentum(momentum, self._deal[self._world.rank])
+            self._sub.load_momentum(momentum[0], self._deal[self._world.rank])
         self._exchange.agree()

@@ -18,8 +18,9 @@ from loft_hpc.analysis.traffic import (
     pipeline_step,
 )
 from loft_hpc.comm.ledger import Entry, Ledger
+from loft_hpc.data.registry import IMAGE_SIZES
 from loft_hpc.errors import LoftError
-from loft_hpc.filterwise.partition import deal, leaving
+from loft_hpc.filterwise.partition import check_workers, deal, leaving
 from loft_hpc.jobs.prediction import averaging_rounds, division_of, exchange_flows
 from loft_hpc.jobs.pretrain import PretrainSettings, settings_of
 from loft_hpc.models.architecture import Architecture
@@ -30,6 +31,8 @@ from loft_hpc.training.calendar import Calendar
 
 TRAINING = ("partitioned", "shared", "activation", "gradient", "merge")
 """Purposes that the formulas speak of; `control` holds what their sizes do not decide (objects, statistics of evaluations)."""
+MOST_POINTS = 1_000_000
+"""The formulas go through a run round by round."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,19 @@ def run_cost(path: Path) -> RunCost:
     ledgers = run.read_ledgers()
     for ledger in ledgers:
         total.add(ledger)
-    steps, per_epoch = (run.description.get(name) for name in ("total_steps", "steps_per_epoch"))
-    steps = run.description.get("results", {}).get("steps", steps)  # fewer, where it was stopped early
-    if not isinstance(steps, int) or not isinstance(per_epoch, int):
+    planned, per_epoch, workers = (run.required(name, int) for name in ("total_steps", "steps_per_epoch", "world_size"))
+    steps = (run.description.get("results") or {}).get("steps", planned)  # fewer, where it was stopped early
+    if type(steps) is not int or not 1 <= steps <= planned:
         raise LoftError(f"{path / 'run.json'} does not say how many steps were made: restore it")
-    workers = len(ledgers)
-    if any(leg.get("ranks_before") != workers for leg in run.description.get("resumed", [])):
+    if len(ledgers) != workers:
+        raise LoftError(f"{path / 'ledger.json'} holds {len(ledgers)} ledgers for {workers} ranks: restore it")
+    if run.other_sizes:
         raise LoftError(
             f"{path} went on with other numbers of ranks than it began with: no formula covers that; its bytes are in ledger.json"
         )
+    points = steps // settings.loft.local_iterations if settings.strategy == "loft" else steps
+    if settings.strategy != "data-parallel" and workers > 1 and points > MOST_POINTS:
+        raise LoftError(f"{path} made more than {MOST_POINTS:,} rounds or steps: too many to go through")
     expected = as_ledger(list(_run_flows(run, settings, workers, steps, per_epoch)))
     rows = [
         LedgerRow(operation, purpose, expected.entry(operation, purpose), total.entry(operation, purpose))
@@ -116,7 +123,9 @@ def _run_flows(run: Run, settings: PretrainSettings, workers: int, steps: int, p
         yield broadcast(parameters, FLOAT32_BYTES, workers, "shared")
         yield from (flow.times(steps) for flow in data_parallel_step(parameters, workers))
     elif settings.strategy == "gpipe":
-        size = run.description["data"]["image_size"]
+        size = run.required("data", dict).get("image_size")
+        if type(size) is not int or size not in IMAGE_SIZES:
+            raise LoftError(f"{run.path / 'run.json'} does not say its image_size: restore it")
         crossing = crossing_elements(network, size, cuts(network, settings.pipeline.split, workers, size))
         yield from (flow.times(steps) for flow in pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches))
         # at the start, wherever the full network is looked at, and its momentum in every checkpoint
@@ -131,6 +140,7 @@ def _loft_run_flows(
 ) -> Iterator[Flow]:
     loft = settings.loft
     divided = division_of(network, loft.partition)
+    check_workers(partitioned_groups(filter_groups(network), loft.partition), workers)
     yield broadcast(divided.partitioned, FLOAT32_BYTES, workers, "partitioned")
     yield broadcast(divided.shared, FLOAT32_BYTES, workers, "shared")
     averaging = list(averaging_rounds(loft, steps, (per_epoch, settings.snapshots.every.steps(per_epoch))))
@@ -152,7 +162,7 @@ def _looks(run: Run, settings: PretrainSettings, points: Sequence[int], settled:
     `settled` says of every stretch between two points whether one can be had at its end, which a checkpoint waits for.
     """
     calendar = Calendar.of(points[-1], per_epoch, settings.evaluation, settings.snapshots, settings.checkpoints)
-    asked_for = run.description.get("results", {}).get("interrupted_at_steps", [])
+    asked_for = run.interrupted_at_steps
     looks, checkpoints, wanted = 0, 0, False
     for (begin, end), possible in zip(pairwise(points), settled, strict=False):
         due = calendar.due(begin, end)

@@ -6,15 +6,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from loft_hpc.analysis.distance import GroupDistance, mean_normalised, score_distance
 from loft_hpc.errors import LoftError
+from loft_hpc.files import read_tensors
 from loft_hpc.filterwise.emergence import Emergence, Stopping
 from loft_hpc.jobs.measure import open_subject
 from loft_hpc.jobs.retrain import snapshot_name
+from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import State, filter_groups
 from loft_hpc.models.scores import CRITERIA, by_group, filter_scores
-from loft_hpc.runs.files import read_tensors
 from loft_hpc.runs.run import Run
 
 Ranked = dict[str, np.ndarray]
@@ -70,7 +72,7 @@ def distances(path: Path, reference: str, criterion: str, ratio: float = 0.0) ->
         other = _reference(run, reference, criterion)
         pairs = [(step, ranked, other) for step, ranked in snapshots]
     rows = [Distances(step, step / per_epoch, score_distance(ranked, other, ratio)) for step, ranked, other in pairs]
-    losses = [(event["step"] / per_epoch, event["loss"]) for event in run.events("epoch") if "loss" in event]
+    losses = [(event["step"] / per_epoch, event["loss"]) for event in run.events("epoch") if isinstance(event.get("loss"), float)]
     return Course(path, run.label, rows, losses)
 
 
@@ -82,31 +84,41 @@ def _snapshots(run: Run, criterion: str) -> Iterator[tuple[int, Ranked]]:
         if step in scored:
             yield step, by_group(run.snapshots.read_scores(step), criterion)
         else:
-            yield step, _ranked(run, run.snapshots.read(full[step]), criterion)
+            yield step, _ranked(run.architecture, run.snapshots.read(full[step]), criterion, run.snapshots.path(full[step]))
 
 
-def _ranked(run: Run, state: State, criterion: str) -> Ranked:
-    return by_group(filter_scores(state, filter_groups(run.architecture), [criterion]), criterion)
+def _ranked(architecture: Architecture, state: State, criterion: str, path: Path) -> Ranked:
+    """The scores of a network's filters. Raises LoftError, naming the file, where its tensors are none of such a network."""
+    groups = filter_groups(architecture)
+    for group in groups:
+        if group.filters in state:
+            weight, scale = state[group.filters], state.get(group.scale)
+            shapes = weight.dim() == 4 and scale is not None and scale.shape == weight.shape[:1]
+            if not shapes or not weight.numel() or {weight.dtype, scale.dtype} != {torch.float32}:
+                raise LoftError(f"{path} does not fit its description ({group.name} is no block): restore it or make it anew")
+    return by_group(filter_scores(state, groups, [criterion]), criterion)
 
 
 def _reference(run: Run, reference: str, criterion: str) -> Ranked:
     if reference == "final":
-        return _ranked(run, run.read_model(), criterion)
+        return _ranked(run.architecture, run.read_model(), criterion, run.model_path)
     if reference == "init" or reference.startswith(("epoch:", "step:")):
         name = snapshot_name(reference, "--distance-to")
         for step in run.snapshots.score_steps():
             if run.snapshots.name(step) == name:
                 return by_group(run.snapshots.read_scores(step), criterion)
-        return _ranked(run, run.snapshots.read(name), criterion)
+        return _ranked(run.architecture, run.snapshots.read(name), criterion, run.snapshots.path(name))
     if reference.endswith(".safetensors"):
         tensors = read_tensors(Path(reference))
         scored = all(name.startswith(tuple(f"{known}/" for known in CRITERIA)) for name in tensors)
-        found = by_group(tensors, criterion) if scored else _ranked(run, tensors, criterion)
+        if scored and tensors:
+            run.snapshots.check_scores(tensors, Path(reference))
+        found = by_group(tensors, criterion) if scored else _ranked(run.architecture, tensors, criterion, Path(reference))
         if not found:
             raise LoftError(f"{reference} holds no filters of this network: give a snapshot or a model of a run")
         return found
     subject = open_subject(Path(reference))
-    return by_group(filter_scores(subject.state, filter_groups(subject.architecture), [criterion]), criterion)
+    return _ranked(subject.architecture, subject.state, criterion, subject.path)
 
 
 def stopping_step(path: Path, stopping: Stopping) -> int | None:

@@ -13,13 +13,13 @@ from loft_hpc.filterwise.emergence import Stopping
 from loft_hpc.filterwise.loft import Loft, LoftSettings
 from loft_hpc.jobs.settings import from_json
 from loft_hpc.jobs.training_run import destination, prepare, train_into
-from loft_hpc.models.architecture import architecture
+from loft_hpc.models.architecture import MODEL_NAMES, architecture
 from loft_hpc.models.resnet import build
 from loft_hpc.pipeline.gpipe import GPipe, PipelineSettings
 from loft_hpc.runs.run import Run
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.session import Outcome
-from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.settings import MAX_EPOCHS, Checkpointing, Computation, Evaluation, Optimisation, Snapshots
 from loft_hpc.training.strategy import Strategy
 from loft_hpc.training.watching import Oversight
 
@@ -54,8 +54,12 @@ class PretrainSettings:
     def __post_init__(self):
         if self.strategy not in STRATEGIES:
             raise LoftError(f"unknown strategy '{self.strategy}': choose one of {', '.join(STRATEGIES)}", usage=True)
+        if self.model not in MODEL_NAMES:
+            raise LoftError(f"unknown model '{self.model}': choose one of {', '.join(MODEL_NAMES)}", usage=True)
         if self.epochs < 1 or (self.rounds is not None and self.rounds < 1) or self.batch_size < 1:
             raise LoftError("--epochs, --rounds and --batch-size must be at least 1", usage=True)
+        if self.epochs > MAX_EPOCHS:
+            raise LoftError(f"--epochs must be at most {MAX_EPOCHS:,}", usage=True)
         if self.seed < 0:
             raise LoftError("--seed must be 0 or more", usage=True)
         if self.stopping.stop_when_stable and not self.snapshots.every.count:

@@ -79,7 +79,7 @@ def prune(
     """Make a ticket for each pruning, of the network that `at` names. Collective. Nothing is written if one name is taken already."""
     if name and len(prunings) > 1:
         raise LoftError("--name names one ticket: give one --ratio with it", usage=True)
-    run = Run.open(path)
+    run = Run.open_to_write(path)
     settings, architecture = settings_of(run), run.architecture
     tickets = draw_tickets(run, prunings, blocks, at, name)
     chosen_device, _ = place(device, "float32", world)

@@ -17,7 +17,7 @@ from loft_hpc.runs.run import Run
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.session import Outcome
-from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.settings import MAX_EPOCHS, Checkpointing, Computation, Evaluation, Optimisation, Snapshots
 from loft_hpc.training.watching import Oversight
 
 LEARNING_RATE = 0.03
@@ -44,8 +44,8 @@ class RetrainSettings:
     def __post_init__(self):
         if self.rewind != "none":
             snapshot_name(self.rewind, "--rewind")
-        if self.epochs < 1 or self.batch_size < 1:
-            raise LoftError("--epochs and --batch-size must be at least 1", usage=True)
+        if not 1 <= self.epochs <= MAX_EPOCHS or self.batch_size < 1:
+            raise LoftError(f"--epochs must lie between 1 and {MAX_EPOCHS:,}, and --batch-size be at least 1", usage=True)
         if self.seed < 0:
             raise LoftError("--seed must be 0 or more", usage=True)
 
@@ -110,6 +110,6 @@ def retrain(
 
 def _refuse_other_ticket(run: Run, ticket: Ticket) -> None:
     """A run goes on with the ticket that it was started with."""
-    own = run.description.get("ticket", {})
+    own = run.required("ticket", dict)
     if own.get("sha256") != ticket.fingerprint:
         raise LoftError(f"{run.path} retrains another ticket, {own.get('path')}: resume it with that one")

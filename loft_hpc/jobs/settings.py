@@ -1,11 +1,14 @@
 """Turning settings into JSON and back: run.json must say everything that a run was made with."""
 
 import dataclasses
-from typing import Any, TypeVar, get_type_hints
+import math
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from loft_hpc.errors import LoftError
 
 Settings = TypeVar("Settings")
+_MOST = 2**63
 
 
 def to_json(settings: Any) -> dict:
@@ -17,25 +20,39 @@ def from_json(kind: type[Settings], fields: dict) -> Settings:
     """The inverse of `to_json`, validated anew. Raises LoftError where fields are missing or of another shape.
 
     A field that the file does not know takes its default: runs of earlier versions stay readable, so an option that comes later must
-    have as its default what was done before.
+    have as its default what was done before. What only a command line may order is not taken from a file.
     """
     try:
+        if not isinstance(fields, dict):
+            raise TypeError(f"{type(fields).__name__} in place of an object")
         hints = get_type_hints(kind)
         if "snapshots" in hints and "snapshots" not in fields and "snapshot_every" in fields:
             fields = fields | {"snapshots": {"snapshot_every": str(fields["snapshot_every"])}}  # where it stood before
         values = {}
         for field in dataclasses.fields(kind):
-            if field.name not in fields and _has_default(field):
+            if (field.name not in fields and _has_default(field)) or field.metadata.get("ordered"):
                 continue
-            value = fields[field.name]
-            if dataclasses.is_dataclass(hints[field.name]):
-                value = from_json(hints[field.name], value)
-            elif isinstance(value, list):
-                value = tuple(value)
-            values[field.name] = value
+            values[field.name] = _typed(hints[field.name], fields[field.name], field.name)
         return kind(**values)
     except (KeyError, TypeError, AttributeError) as problem:
         raise LoftError(f"not the settings of this program ({type(problem).__name__}: {problem}): restore the file or start anew") from None
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """A value out of a file as its field declares it. Raises TypeError for any other, and for numbers that no setting reaches."""
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value)
+    if isinstance(hint, UnionType):
+        chosen = type(None) if value is None else next(kind for kind in get_args(hint) if kind is not type(None))
+        return _typed(chosen, value, name)
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(get_args(hint)[0], item, name) for item in value)
+    kinds = (int, float) if hint is float else (hint,)
+    if type(value) not in kinds:
+        raise TypeError(f"{name} is no {hint.__name__}")
+    if isinstance(value, int | float) and not (math.isfinite(value) if type(value) is float else abs(value) < _MOST):
+        raise TypeError(f"{name} is out of bounds")
+    return value
 
 
 def flatten(settings: Any) -> dict[str, Any]:

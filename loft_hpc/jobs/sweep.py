@@ -11,10 +11,10 @@ from typing import Any, Protocol
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
 from loft_hpc.errors import LoftError
+from loft_hpc.files import read_json
 from loft_hpc.jobs.prune import draw_tickets, ticket_name
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import to_json
-from loft_hpc.runs.files import read_json
 from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
 from loft_hpc.tickets.finders import Pruning
@@ -70,7 +70,7 @@ def sweep(
     `recipe` says how the tickets of a run are retrained. What is done is not done again: tickets and retrained runs that are there are
     used, and an interrupted retraining goes on. Raises LoftError where a sweep of this name was made with another recipe.
     """
-    opened = {path.resolve(): Run.open(path) for path in runs}
+    opened = {path.resolve(): Run.open_to_write(path) for path in runs}
     work = [(run, at, pruning) for run in opened.values() for at in _snapshots(run, settings.at) for pruning in settings.prunings]
     labels = _labels(list(opened.values()))
     recipes = {run.path: recipe(run) for run in opened.values()}

@@ -12,6 +12,7 @@ from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
 from loft_hpc.data.registry import DataSettings, open_data
 from loft_hpc.errors import LoftError
+from loft_hpc.files import refuse_links_outside
 from loft_hpc.filterwise.emergence import Emergence, Stopping
 from loft_hpc.jobs.agreement import refuse_disagreement, software
 from loft_hpc.jobs.settings import flatten, to_json
@@ -77,10 +78,12 @@ class Destination:
             return None
         try:
             results, images = self.earlier.description["results"], self.earlier.description["data"]["test_images"]
-            score = Score(round(results["accuracy"] * images), images, results["test_loss"])
-            steps = results.get("steps", self.earlier.description["total_steps"])
-            return Outcome(score, results["wall_seconds"], steps, results.get("stopped_early", False))
-        except (KeyError, TypeError) as problem:
+            score = Score(round(self.earlier.accuracy * images), images, float(results["test_loss"]))
+            steps = results.get("steps", self.earlier.required("total_steps", int))
+            if images < 1:
+                raise ValueError("no test images")
+            return Outcome(score, float(results["wall_seconds"]), int(steps), bool(results.get("stopped_early", False)))
+        except (KeyError, TypeError, ValueError, OverflowError) as problem:
             raise LoftError(f"{self.path / 'run.json'} says done, but not with what ({problem}): restore it") from None
 
 
@@ -100,7 +103,7 @@ def destination(settings: TrainingSettings, path: Path | None, resume: bool, nam
 
 def _newest_checkpoint(run: Run, workplace: Workplace, world: World, oversight: Oversight) -> Checkpoint | None:
     """The same one on every rank, chosen by rank 0. Raises LoftError if the data are not those that the run was started with."""
-    if run.description.get("data", {}).get("fingerprint") != workplace.data.info.fingerprint:
+    if run.required("data", dict).get("fingerprint") != workplace.data.info.fingerprint:
         raise LoftError(f"the images of {workplace.data.info.name} are not those that {run.path} was started with: start another run")
     step = world.on_root(lambda: run.checkpoints.newest_step(oversight.watcher.fell_back))
     return None if step is None else run.checkpoints.read(step)
@@ -135,6 +138,7 @@ def train_into(
     def enter() -> None:
         if where.earlier is None:
             refuse_occupied(where.path)
+        refuse_links_outside(where.path)
         lock.acquire()
 
     world.on_root(enter)

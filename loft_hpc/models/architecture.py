@@ -12,6 +12,10 @@ CIFAR_WIDTHS = (16, 32, 64)
 CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 STEMS = ("cifar", "imagenet")
 MAX_WIDEN = 64
+MAX_BLOCKS = 256
+MAX_CHANNELS = 1 << 16
+MAX_PARAMETERS = 1 << 30
+"""Beyond the networks that this program is for; a file that asks for more is refused before anything is allocated."""
 
 MODEL_NAMES = (
     *(f"{family}{depth}" for family in ("resnet", "preresnet", "wideresnet") for depth in IMAGENET_BLOCKS),
@@ -65,8 +69,22 @@ class Architecture:
             raise LoftError(f"unknown stem '{self.stem}': choose one of {', '.join(STEMS)}")
         if len(self.blocks) != len(self.widths) or not self.blocks:
             raise LoftError(f"{len(self.blocks)} stages of blocks and {len(self.widths)} widths do not fit together")
+        if not re.fullmatch(r"[\w+.-]{1,64}", self.model, re.ASCII) or self.model.startswith("."):
+            raise LoftError(f"'{self.model[:64]}' is no name of a network: letters, digits, - and _ make one")
+        if min(self.blocks) < 1 or sum(self.blocks) > MAX_BLOCKS:
+            raise LoftError(f"a network has 1 to {MAX_BLOCKS} blocks, some in each stage")
+        channels = (*self.widths, self.in_channels, self.num_classes)
+        if min(channels) < 1 or max(channels) > MAX_CHANNELS:
+            raise LoftError(f"channels and classes of a network are 1 to {MAX_CHANNELS}")
         if not (0 < self.widen <= MAX_WIDEN) or min(self.hidden_widths().values()) < 1:
             raise LoftError(f"--widen {self.widen:g} must leave every block a hidden filter, and be at most {MAX_WIDEN}")
+        if self._convolution_weights() > MAX_PARAMETERS:
+            raise LoftError(f"this {self.model} has more than {MAX_PARAMETERS:,} parameters: lower --widen")
+
+    def _convolution_weights(self) -> int:
+        """Of the blocks, shortcuts left out: nearly all that a network has."""
+        hidden = self.hidden_widths()
+        return sum(9 * hidden[block.name] * (block.in_channels + block.out_channels) for block in self.block_shapes())
 
     def block_shapes(self) -> Iterator[BlockShape]:
         """The residual blocks in forward order."""
@@ -99,7 +117,7 @@ class Architecture:
 
     @classmethod
     def from_json(cls, fields: dict) -> "Architecture":
-        """The inverse of `to_json`. Raises LoftError where a field is missing or of the wrong type."""
+        """The inverse of `to_json`. Raises LoftError where a field is missing, of the wrong type or out of bounds."""
         try:
             return cls(
                 model=str(fields["model"]),
@@ -111,7 +129,7 @@ class Architecture:
                 in_channels=int(fields["in_channels"]),
                 num_classes=int(fields["num_classes"]),
             )
-        except (KeyError, TypeError, ValueError) as problem:
+        except (KeyError, TypeError, ValueError, OverflowError) as problem:
             raise LoftError(f"not a description of a network ({type(problem).__name__}: {problem})") from None
 
 

@@ -18,7 +18,7 @@ from loft_hpc.training.buffers import Layout
 
 Shape = tuple[int, int, int]
 
-_BY_HAND = r"\d+(,\d+)*"
+_BY_HAND = r"\d{1,9}(,\d{1,9})*"
 
 
 def check_split(split: str) -> None:

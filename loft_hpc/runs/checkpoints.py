@@ -1,6 +1,7 @@
 """A run's checkpoints: complete states to resume from."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.errors import LoftError
-from loft_hpc.runs.files import publish_folder, read_json, read_tensors, write_json, write_tensors
+from loft_hpc.files import publish_folder, read_json, read_tensors, write_json, write_tensors
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,24 @@ class Checkpoints:
         progress = read_json(folder / "progress.json")
         try:
             ledgers = [Ledger.from_json(fields) for fields in progress.pop("ledgers")]
-            written = int(progress.pop("step"))
+            if not ledgers or progress.pop("step") != step or not _sensible(progress, step):
+                raise ValueError
         except (KeyError, TypeError, AttributeError, ValueError):
-            raise LoftError(f"{folder / 'progress.json'} is incomplete") from None
-        return Checkpoint(written, read_tensors(folder / "state.safetensors"), ledgers, progress)
+            raise LoftError(f"{folder / 'progress.json'} is incomplete or not of this step") from None
+        return Checkpoint(step, read_tensors(folder / "state.safetensors"), ledgers, progress)
 
     def _complete(self) -> list[Path]:
-        found = [folder for folder in self._folder.glob("*") if folder.name.isdigit() and folder.is_dir()]
+        found = [folder for folder in self._folder.glob("*") if re.fullmatch(r"[0-9]{6,9}", folder.name) and folder.is_dir()]
         return sorted(found, key=lambda folder: int(folder.name))
+
+
+def _sensible(progress: dict, step: int) -> bool:
+    """Whether the counters are such as a training of so many steps leaves."""
+    so_far = progress.get("epoch_so_far", {"first_step": step, "losses": [0.0], "exchange_seconds": 0.0, "seconds": 0.0})
+    numbers = [progress.get("wall_seconds", 0.0), so_far["exchange_seconds"], so_far["seconds"], *so_far["losses"]]
+    counts = [progress.get("round", 0), so_far["first_step"], *progress.get("interrupted_at_steps", [])]
+    return (
+        bool(so_far["losses"])
+        and all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers)
+        and all(type(count) is int and 0 <= count <= step for count in counts)
+    )

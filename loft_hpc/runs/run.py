@@ -2,8 +2,9 @@
 
 import itertools
 import json
-import math
+import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,14 +18,20 @@ from torch import Tensor
 import loft_hpc
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.errors import Interrupted, LoftError
+from loft_hpc.files import open_plain, read_json, read_tensors, refuse_links_outside, write_atomically, write_json, write_tensors
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.runs import lock
 from loft_hpc.runs.checkpoints import Checkpoints
-from loft_hpc.runs.files import read_json, read_tensors, write_atomically, write_json, write_tensors
 from loft_hpc.runs.snapshots import Snapshots
 
 Value = TypeVar("Value")
 _PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
+_KINDS = {"kind": str, "status": str, "data": dict, "ticket": dict, "hidden_widths": dict, "results": dict, "resumed": list}
+"""What else run.json says, where it says it."""
+_COUNTS = ("total_steps", "steps_per_epoch", "world_size")
+MAX_STEPS = 10**9
+_LINE_BYTES = 1 << 20
+"""No line of metrics.jsonl is longer."""
 
 
 def claim_default_path(model: str, dataset: str, strategy: str, workers: int) -> Path:
@@ -80,9 +87,20 @@ class Run:
             )
             raise LoftError(f"{path} is no run ({hint}): give the folder that `loft pretrain` printed")
         description = read_json(path / "run.json")
-        if not isinstance(description.get("configuration"), dict) or "architecture" not in description:
+        if not isinstance(description.get("configuration"), dict) or not isinstance(description.get("architecture"), dict):
             raise LoftError(f"{path / 'run.json'} describes no run: restore it or make the run anew")
+        strange = [name for name, kind in _KINDS.items() if not isinstance(description.get(name), kind | None)]
+        strange += [name for name in _COUNTS if name in description and not _is_count(description[name])]
+        if strange:
+            raise LoftError(f"{path / 'run.json'} says no sensible {strange[0]}: restore it or make the run anew")
         return cls(path, description)
+
+    @classmethod
+    def open_to_write(cls, path: Path) -> "Run":
+        """An existing run that will be added to. Raises LoftError also where what is written would land outside of it."""
+        run = cls.open(path)
+        refuse_links_outside(path)
+        return run
 
     @classmethod
     def create_or_resume(cls, path: Path, going_on: bool, kind: str, configuration: Mapping[str, Any], details: Mapping[str, Any]) -> "Run":
@@ -95,7 +113,7 @@ class Run:
         sizes = {"ranks_before": run.description.get("world_size"), "world_size": details["world_size"]}
         leg = {"at": _now(), **sizes, "host": platform.node()}
         own = {name: details[name] for name in ("world_size", "placement")}
-        run._update(status="running", ended=None, resumed=[*run.description.get("resumed", []), leg], **own)
+        run._update(status="running", ended=None, resumed=[*(run.description.get("resumed") or []), leg], **own)
         return run
 
     def interrupt(self, step: int) -> None:
@@ -137,13 +155,28 @@ class Run:
     @property
     def label(self) -> str:
         """Strategy and workers, for instance loft+4; retrain+2 for a retraining run."""
-        return f"{self.configuration.get('strategy', self.description.get('kind'))}+{self.required('world_size', int)}"
+        how = self.configuration.get("strategy", self.description.get("kind"))
+        if not isinstance(how, str) or not re.fullmatch(r"[a-z-]{1,32}", how):
+            raise LoftError(f"{self.path / 'run.json'} does not say its strategy: restore it or make the run anew")
+        return f"{how}+{self.required('world_size', int)}"
+
+    @property
+    def other_sizes(self) -> bool:
+        """Whether it went on with another number of ranks than it had before."""
+        legs = self.description.get("resumed") or []
+        return any(isinstance(leg, dict) and leg.get("ranks_before", leg.get("world_size")) != leg.get("world_size") for leg in legs)
+
+    @property
+    def interrupted_at_steps(self) -> list[int]:
+        """Steps after which a finished run wrote a checkpoint because it was told to end."""
+        steps = (self.description.get("results") or {}).get("interrupted_at_steps", [])
+        return [step for step in steps if type(step) is int] if isinstance(steps, list) else []
 
     @property
     def accuracy(self) -> float:
         """Of the final network, 0 to 1. Raises LoftError for a run that has not come to its end."""
         accuracy = self.required("results", dict).get("accuracy")
-        if not isinstance(accuracy, (int, float)):
+        if not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
             raise LoftError(f"{self.path} has no accuracy yet (status: {self.description.get('status')}): finish it with --resume first")
         return accuracy
 
@@ -153,8 +186,14 @@ class Run:
 
     @property
     def hidden_widths(self) -> dict[str, int] | None:
-        """Hidden widths of a run that retrained a ticket; None for the full network."""
-        return self.description.get("hidden_widths")
+        """Hidden widths of a run that retrained a ticket; None for the full network. Raises LoftError where its blocks have no such widths."""
+        widths = self.description.get("hidden_widths")
+        if widths is None:
+            return None
+        most = self.architecture.hidden_widths()
+        if widths.keys() != most.keys() or any(type(width) is not int or not 1 <= width <= most[name] for name, width in widths.items()):
+            raise LoftError(f"{self.path / 'run.json'} has hidden_widths that do not fit its network: restore it or make the run anew")
+        return widths
 
     # -- tensors ----------------------------------------------------------------------------------------------------------
 
@@ -190,23 +229,36 @@ class Run:
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with open(self._log_path, "a", opener=_open_no_link) as file:
             file.write(json.dumps({"event": event, **fields}) + "\n")
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl about one kind of event, whole ones alone."""
-        log = self.path / "metrics.jsonl"
-        lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
-        found = [json.loads(line) for line in lines if _step_of(line) < math.inf]
-        return [event for event in found if event.get("event") == kind]
+        """The lines of metrics.jsonl about one kind of event, whole ones alone. Each says its step."""
+        return [event for _, event in self._logged() if event.get("event") == kind]
 
     def forget_after(self, step: int) -> None:
         """Drop what was recorded after `step`, which a resumed run does again: lines of metrics.jsonl, and scores."""
         self.snapshots.forget_after(step)
-        log = self.path / "metrics.jsonl"
-        if log.exists():
-            kept = [line for line in log.read_text(errors="replace").splitlines(keepends=True) if _step_of(line) <= step]
-            write_atomically(log, "".join(kept).encode())
+        kept = [line for line, event in self._logged() if event["step"] <= step]
+        if self._log_path.exists():
+            write_atomically(self._log_path, b"".join(kept))
+
+    @property
+    def _log_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def _logged(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """The whole lines of metrics.jsonl, and what they say; what was torn when the machine went down is passed over."""
+        if not self._log_path.exists():
+            return
+        try:
+            with open_plain(self._log_path) as file:
+                while line := file.readline(_LINE_BYTES):
+                    event = _event(line)
+                    if event:
+                        yield line, event
+        except OSError as problem:
+            raise LoftError(f"{self._log_path} cannot be read ({problem.strerror}): remove it") from None
 
     def write_ledger(self, ledgers: list[Ledger]) -> None:
         """ledger.json: the ranks' ledgers and their sum."""
@@ -231,12 +283,21 @@ def refuse_occupied(path: Path) -> None:
         raise LoftError(f"{path} exists already and is never overwritten: name another --run, or go on with it by --resume")
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity for one that was torn when the machine went down."""
+def _event(line: bytes) -> dict[str, Any] | None:
+    """What a line of metrics.jsonl says; None for one that is torn or nobody's event at a step."""
     try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        event = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and type(event.get("step")) is int and 0 <= event["step"] <= MAX_STEPS else None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_STEPS
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _now() -> str:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from loft_hpc.errors import LoftError
-from loft_hpc.runs.files import read_tensors, write_tensors
+from loft_hpc.files import read_tensors, write_tensors
+from loft_hpc.models.scores import CRITERIA, Scores
 
 if TYPE_CHECKING:
     from loft_hpc.runs.run import Run
@@ -71,7 +73,20 @@ class Snapshots:
         write_tensors(self._folder / f"{_SCORES}{step:06d}.safetensors", scores)
 
     def read_scores(self, step: int) -> dict[str, Tensor]:
-        return read_tensors(self._folder / f"{_SCORES}{step:06d}.safetensors")
+        """Raises LoftError where they are not those of this run's filters."""
+        path = self._folder / f"{_SCORES}{step:06d}.safetensors"
+        scores = read_tensors(path)
+        self.check_scores(scores, path)
+        return scores
+
+    def check_scores(self, scores: Scores, path: Path) -> None:
+        """Raises LoftError, naming the file, unless these are scores of all of this run's filters."""
+        widths = self._run.hidden_widths or self._run.architecture.hidden_widths()
+        expected = {f"{criterion}/{name}": (width,) for criterion in CRITERIA for name, width in widths.items()}
+        if {name: tuple(tensor.shape) for name, tensor in scores.items()} != expected or any(
+            tensor.dtype != torch.float32 for tensor in scores.values()
+        ):
+            raise LoftError(f"{path} does not hold the scores of this network's filters: restore it, or remove it")
 
     def score_steps(self) -> list[int]:
         """The steps after which the filters' scores were recorded."""

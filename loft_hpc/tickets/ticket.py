@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from loft_hpc.errors import LoftError
+from loft_hpc.files import checksum, publish_folder, read_json, read_tensors, write_json, write_tensors
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups, slice_state
-from loft_hpc.runs.files import checksum, publish_folder, read_json, read_tensors, write_json, write_tensors
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Ticket:
         selection = {}
         for group in filter_groups(architecture):
             mask = masks.get(group.name)
-            if mask is None or mask.shape != (group.width,) or mask.max() > 1 or not mask.any():
+            if mask is None or mask.dtype != torch.uint8 or mask.shape != (group.width,) or mask.max() > 1 or not mask.any():
                 raise LoftError(f"{path / 'mask.safetensors'} holds no mask of 0 and 1 over the {group.width} filters of {group.name}")
             selection[group.name] = mask.nonzero().flatten()
             if widths.get(group.name) != len(selection[group.name]):

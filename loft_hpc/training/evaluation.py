@@ -48,6 +48,8 @@ def network_for(
             for name, tensor in state.items():
                 if tensor.shape != own[name].shape:
                     raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
+                if tensor.dtype != own[name].dtype:
+                    raise ValueError(f"{name} is of {tensor.dtype}, not {own[name].dtype}")
                 own[name].copy_(tensor)
     except ValueError as problem:
         raise LoftError(f"{where} does not fit its description ({problem}): restore it or make it anew") from None

@@ -8,6 +8,10 @@ from loft_hpc.training.interval import Interval
 
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+MAX_EPOCHS = 1_000_000
+MAX_IMAGES_AT_ONCE = 10_000
+MAX_STATISTICS_BATCHES = 100_000
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Computation:
     """`bfloat16` runs convolutions under autocast, on GPUs only; parameters stay float32."""
 
     def __post_init__(self):
+        if self.device not in DEVICES:
+            raise LoftError(f"unknown device '{self.device}': choose one of {', '.join(DEVICES)}", usage=True)
         if self.precision not in PRECISIONS:
             raise LoftError(f"unknown precision '{self.precision}': choose one of {', '.join(PRECISIONS)}", usage=True)
 
@@ -126,3 +132,10 @@ class Evaluation:
             least = 2 if name == "statistics_batch" else 1  # one image has no variance
             if getattr(self, name) < least:
                 raise LoftError(f"--{name.replace('_', '-')} must be at least {least}", usage=True)
+        for name, most in (
+            ("evaluation_batch", MAX_IMAGES_AT_ONCE),
+            ("statistics_batch", MAX_IMAGES_AT_ONCE),
+            ("statistics_batches", MAX_STATISTICS_BATCHES),
+        ):
+            if getattr(self, name) > most:
+                raise LoftError(f"--{name.replace('_', '-')} must be at most {most:,}", usage=True)

@@ -43,8 +43,10 @@ def bits(tensor: Tensor) -> int:
 
 
 def refuse_other_network(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises LoftError unless a checkpoint's tensors are those expected, by name and shape."""
-    if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in expected):
+    """Raises LoftError unless a checkpoint's tensors are those expected, by name, shape and type."""
+    if found.keys() != expected.keys() or any(
+        found[name].shape != expected[name].shape or found[name].dtype != expected[name].dtype for name in expected
+    ):
         raise LoftError("the checkpoint belongs to another network: resume with the options that the run was started with")
 
 

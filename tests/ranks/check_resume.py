@@ -12,8 +12,8 @@ import torch
 
 from loft_hpc.cli.main import INTERRUPTED, run
 from loft_hpc.cli.progress import Progress
+from loft_hpc.files import read_tensors
 from loft_hpc.jobs.commcost import run_cost
-from loft_hpc.runs.files import read_tensors
 from loft_hpc.runs.run import Run
 from loft_hpc.training.buffers import ParameterBuffer
 
