@@ -19,7 +19,7 @@ import torch
 from hypothesis import strategies as st
 
 from loft_hpc.cli.main import run as loft
-from loft_hpc.runs.files import read_tensors, write_tensors
+from loft_hpc.files import read_tensors, write_tensors
 
 CPU_SECONDS, WALL_SECONDS = 20, 120
 """Far more than any command here needs; the wall is for what waits without computing, on machines that have other things to do."""

@@ -4,13 +4,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from loft_hpc.runs.files import read_tensors
+from loft_hpc.files import read_tensors
 from loft_hpc.runs.run import Run
 
 from launching import LAUNCH_ENVIRONMENT, launch, loft, told
@@ -19,10 +20,15 @@ from launching import LAUNCH_ENVIRONMENT, launch, loft, told
 LONG = ("pretrain", "--model", "resnet20", "--epochs", "500")
 
 
-def start_training(ranks: int, path: Path, *options: str, until: str = "round") -> subprocess.Popen:
+FAULTS = Path(__file__).parent.parent / "bin" / "faults"
+FAULTY = (sys.executable, str(FAULTS / "faulty.py"))
+"""The loft command, in which signals make something go wrong."""
+
+
+def start_training(ranks: int, path: Path, *options: str, until: str = "round", command: tuple[str, ...] = ("loft",)) -> subprocess.Popen:
     """Start a training, a long one by default, and wait until it has done a round (or has logged another event)."""
     process = subprocess.Popen(
-        ["mpirun", "-np", str(ranks), "loft", *(("pretrain", *options) if options else LONG), "--run", str(path)], env=os.environ | LAUNCH_ENVIRONMENT, text=True,
+        ["mpirun", "-np", str(ranks), *command, *(("pretrain", *options) if options else LONG), "--run", str(path)], env=os.environ | LAUNCH_ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     log, end = path / "metrics.jsonl", time.monotonic() + 120
@@ -190,8 +196,8 @@ def test_interrupted_training_can_be_resumed(tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode != 0
-    result = loft("pretrain", "--run", tmp_path / "run", "--resume", ranks=3, seconds=60)
-    assert result.code == 1 and "was started with 2 ranks" in told(result)[0]
+    result = loft("pretrain", "--run", tmp_path / "run", "--resume", "--lr", "0.3", ranks=2, seconds=60)
+    assert result.code == 1 and "was started with --lr 0.05" in told(result)[0]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"  # untouched by the refusal
 
 

@@ -10,6 +10,7 @@ from loft_hpc.analysis.timing import Cluster
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.data.registry import DataSettings
 from loft_hpc.errors import LoftError
+from loft_hpc.files import read_json, read_text, refuse_links_outside, write_tensors
 from loft_hpc.jobs.commcost import _full_looks, _full_steps
 from loft_hpc.jobs.pretrain import PretrainSettings
 from loft_hpc.jobs.retrain import RetrainSettings
@@ -17,7 +18,6 @@ from loft_hpc.jobs.settings import from_json, to_json
 from loft_hpc.models.architecture import Architecture, architecture
 from loft_hpc.pipeline.stages import check_split
 from loft_hpc.runs.checkpoints import Checkpoint
-from loft_hpc.runs.files import read_json, read_text, refuse_links_outside, write_tensors
 from loft_hpc.runs.lock import RunLock
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets.ticket import Ticket

@@ -8,8 +8,8 @@ import torch
 
 from loft_hpc.comm.ledger import Entry, Ledger
 from loft_hpc.errors import LoftError
+from loft_hpc.files import read_json, read_tensors, write_atomically, write_tensors
 from loft_hpc.runs.checkpoints import Checkpoint
-from loft_hpc.runs.files import read_json, read_tensors, write_atomically, write_tensors
 from loft_hpc.runs.run import Run, claim_default_path
 
 from tiny import tiny
@@ -106,21 +106,21 @@ def test_checkpoints_keep_the_last_and_fall_back_from_a_torn_one(tmp_path):
     run = new_run(tmp_path / "run")
     ledger = Ledger()
     ledger.record("allreduce", "shared", Entry(1, 2, 3, 4, 5, 6))
-    assert run.checkpoints.newest_step() is None
+    assert run.checkpoints.newest_step(print) is None
     for step in (999_984, 999_992, 1_000_000):  # sorted as numbers, not as names
-        run.checkpoints.write(Checkpoint(step, {"a": torch.full((2,), float(step))}, [ledger], {"round": 3}))
+        run.checkpoints.write(Checkpoint(step, {"a": torch.full((2,), float(step))}, [ledger], {"round": 3}), keep=2)
     assert sorted(folder.name for folder in (run.path / "checkpoints").iterdir()) == ["1000000", "999992"]
-    newest = run.checkpoints.read(run.checkpoints.newest_step())
+    newest = run.checkpoints.read(run.checkpoints.newest_step(print))
     assert (newest.step, newest.progress, newest.tensors["a"].tolist()) == (1_000_000, {"round": 3}, [1e6, 1e6])
     assert newest.ledgers == [ledger]
     torn = run.path / "checkpoints" / "1000000" / "state.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
     (run.path / "checkpoints" / ".1000008.123").mkdir()  # a writer was killed
-    assert run.checkpoints.newest_step() == 999_992
+    assert run.checkpoints.newest_step(print) == 999_992
     assert not (run.path / "checkpoints" / ".1000008.123").exists()
     (run.path / "checkpoints" / "999992" / "progress.json").write_text("{}")
     with pytest.raises(LoftError, match="nothing to resume from"):
-        run.checkpoints.newest_step()
+        run.checkpoints.newest_step(print)
 
 
 def test_the_log_forgets_what_is_done_again_and_what_was_torn(tmp_path):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from loft_hpc.errors import LoftError
+from loft_hpc.files import write_tensors
 from loft_hpc.jobs.prune import prunable_groups
 from loft_hpc.models.groups import everything, filter_groups, mask_state, slice_state
 from loft_hpc.models.resnet import build
-from loft_hpc.runs.files import write_tensors
 from loft_hpc.tickets.finders import FINDERS, Pruning, removed_count
 from loft_hpc.tickets.ticket import Ticket
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from loft_hpc.analysis.traffic import Flow
 from loft_hpc.errors import LoftError
-from loft_hpc.runs.files import read_text
+from loft_hpc.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from loft_hpc.analysis.poster import poster_table
-from loft_hpc.analysis.timing import EXAMPLES, Cluster
+from loft_hpc.analysis.timing import Cluster
 from loft_hpc.cli.commcost_reports import case_report, poster_report, run_fields, run_report, title
 from loft_hpc.cli.context import Job, Report
-from loft_hpc.cli.options import fill, option, plot_option, several, typed
+from loft_hpc.cli.options import cluster_option, fill, option, plot_option, several, typed
 from loft_hpc.cli.pretrain import loft_options, pipeline_options
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings, known_shape
 from loft_hpc.filterwise.emergence import Stopping
@@ -54,10 +54,7 @@ case_options = several(
 @click.command("commcost")
 @click.argument("runs", metavar="[RUN...]", nargs=-1, type=click.Path())
 @case_options
-@click.option(
-    "--cluster", "cluster_name", metavar="FILE",
-    help=f"TOML file of a cluster, or an example ({', '.join(sorted(file.stem for file in EXAMPLES.glob('*.toml')))}): predicts times too.",
-)  # fmt: skip
+@cluster_option("predicts times too.")
 @plot_option("bytes (and times) over workers.")
 @click.option(
     "--format", type=click.Choice(["table", "json", "csv", "latex"]), default="table", show_default=True, help="How results are printed."

@@ -15,6 +15,7 @@ from loft_hpc.comm.launch import announced, announced_rank
 
 if TYPE_CHECKING:
     from loft_hpc.comm.world import World
+    from loft_hpc.training.interruption import Interruption
 
 
 def printable(text: str) -> str:
@@ -30,8 +31,10 @@ def tell(text: str) -> None:
 class Job:
     """The running command."""
 
-    def __init__(self) -> None:
+    def __init__(self, interruption: Interruption) -> None:
         self.started_world: World | None = None
+        self.interruption = interruption
+        """Whether the job was told to end; a training looks at it."""
 
     @property
     def world(self) -> World:

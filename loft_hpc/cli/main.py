@@ -1,8 +1,10 @@
 """The `loft` command: its subcommands, and the one place where failures become a line and an exit code."""
 
+import signal
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 
 import click
 
@@ -10,6 +12,7 @@ from loft_hpc import __version__
 from loft_hpc.cli.context import Job, printable
 from loft_hpc.comm.launch import announced_rank
 from loft_hpc.errors import Interrupted, LoftError
+from loft_hpc.training.interruption import Interruption
 
 RANK_0_SPEAKS_SECONDS = 1.0
 """How long other ranks let rank 0 speak: a launcher ends the job at the first rank that leaves with a failure."""
@@ -30,6 +33,10 @@ COMMANDS = {
     "commcost": "The communication-cost report.",
     "doctor": "What is installed, what is missing, how to mend it.",
 }
+
+
+TRAININGS = ("pretrain", "retrain", "sweep")
+"""Commands that end at their next checkpoint when they are told to."""
 
 
 class LazyGroup(click.Group):
@@ -61,14 +68,19 @@ def loft() -> None:
 
 def main() -> None:
     """Entry point of the `loft` command."""
+    # a scheduler's warning that comes before a training or just after its end must not kill what it finds
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 85 told to end and ready to go on."""
-    job = Job()
+    interruption = Interruption()
+    job = Job(interruption)
+    trains = bool(arguments) and arguments[0] in TRAININGS
     try:
-        code = loft.main(arguments, prog_name="loft", standalone_mode=False, obj=job)
+        with interruption if trains else nullcontext():  # from the start: a warning that comes while torch loads counts too
+            code = loft.main(arguments, prog_name="loft", standalone_mode=False, obj=job)
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as problem:
         if announced_rank() == 0:
@@ -87,8 +99,17 @@ def run(arguments: list[str]) -> int:
         return _fail(job, _line(f"{where}{problem.strerror or problem}: mend the path, its permissions or the space on its disk"), 1)
     except (KeyboardInterrupt, click.Abort):
         return _fail(job, "interrupted", 1)
-    except Exception:  # a defect of ours, or a machine that fails: everything that helps to find it
+    except Exception as problem:
+        if _is_out_of_memory(problem):
+            what = (str(problem).splitlines() or ["none left"])[0][:200]
+            return _fail(job, _line(f"out of memory ({what}): lower --batch-size, or use more ranks or machines"), 1)
+        # a defect of ours, or a machine that fails: everything that helps to find it
         return _fail(job, "unexpected failure\n" + traceback.format_exc(), 1)
+
+
+def _is_out_of_memory(problem: Exception) -> bool:
+    """Python's own error, torch's on a GPU, and its plain RuntimeError on a CPU."""
+    return isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError" or "allocate memory" in str(problem)
 
 
 def _line(message: object) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from loft_hpc.analysis.timing import EXAMPLES
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings
-from loft_hpc.training.settings import PRECISIONS, SCHEDULES, Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.settings import PRECISIONS, SCHEDULES, Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 
 Decorator = Callable[[Callable], Callable]
 
@@ -92,6 +93,12 @@ def plot_option(help: str) -> Decorator:
     return click.option("--plot", type=click.Path(), callback=check, help=f"PNG file: {help}")
 
 
+def cluster_option(help: str) -> Decorator:
+    """--cluster, a file of `loft_hpc.analysis.timing.Cluster`."""
+    examples = ", ".join(sorted(file.stem for file in EXAMPLES.glob("*.toml")))
+    return click.option("--cluster", "cluster_name", metavar="FILE", help=f"TOML file of a cluster, or an example ({examples}): {help}")
+
+
 def snapshot_options(every: str = default(Snapshots, "snapshot_every")) -> Decorator:
     """Options of snapshots, with a command's own default interval."""
     return several(
@@ -105,6 +112,25 @@ def snapshot_options(every: str = default(Snapshots, "snapshot_every")) -> Decor
         ),
     )  # fmt: skip
 
+
+checkpoint_options = several(
+    option(
+        Checkpointing, "checkpoint_every",
+        "Between two checkpoints: 1ep, 200it (steps of a worker), or 0 for none but at the end and when told to end.", metavar="INTERVAL",
+    ),
+    option(Checkpointing, "keep_checkpoints", "Checkpoints that are kept.", type=int),
+)  # fmt: skip
+
+supervision_options = several(
+    option(
+        Supervision, "stall_seconds", "End the job when a rank gives no sign of life, or does not get on, for so many seconds (0: never).",
+        type=float,
+    ),
+    click.option(
+        "--check-ranks/--no-check-ranks", default=default(Supervision, "check_ranks"), show_default=True,
+        help="Compare what all ranks should hold alike, by a hash, after every round.",
+    ),
+)  # fmt: skip
 
 device_option = option(
     Computation, "device", "Where to compute; auto takes a GPU if there is one.", type=click.Choice(["auto", "cpu", "cuda"])

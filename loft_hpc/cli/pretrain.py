@@ -6,7 +6,9 @@ from typing import Any
 import click
 
 from loft_hpc.cli.context import Job, format_option, tell
+from loft_hpc.cli.dryrun import dry_run_options, show_plan, wants_plan
 from loft_hpc.cli.options import (
+    checkpoint_options,
     data_options,
     device_option,
     evaluation_options,
@@ -17,6 +19,7 @@ from loft_hpc.cli.options import (
     run_options,
     several,
     snapshot_options,
+    supervision_options,
     typed,
 )
 from loft_hpc.cli.presets import preset_option
@@ -31,7 +34,8 @@ from loft_hpc.jobs.settings import flatten
 from loft_hpc.models.architecture import MODEL_NAMES
 from loft_hpc.models.groups import PARTITION_RULES
 from loft_hpc.pipeline.gpipe import PipelineSettings
-from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
+from loft_hpc.training.watching import Oversight
 
 loft_options = several(
     option(LoftSettings, "local_iterations", "SGD steps of a worker between two exchanges.", type=int),
@@ -78,10 +82,13 @@ pipeline_options = several(
 @option(PretrainSettings, "seed", "Decides initialisation, deals, data order and augmentation.", type=int)
 @snapshot_options()
 @stopping_options
+@checkpoint_options
 @evaluation_options
+@supervision_options
 @device_option
 @precision_option
 @run_options
+@dry_run_options
 @format_option
 @click.pass_context
 def command(context: click.Context, run_path: str | None, resume: bool, format: str, **options: Any) -> None:
@@ -104,6 +111,7 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
         evaluation=fill(Evaluation, options),
         computation=fill(Computation, options),
         snapshots=fill(Snapshots, options),
+        checkpoints=fill(Checkpointing, options),
         stopping=fill(Stopping, options),
     )
     if given.rounds is not None and "epochs" in typed(context):
@@ -116,7 +124,12 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
     if strange and not given.stopping.stop_when_stable:
         raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --stop-when-stable")
     path = Path(run_path) if run_path else None
+    supervision = fill(Supervision, options)
+    planning = wants_plan(context)
     job.join()
+    if planning:
+        show_plan(context, given)
+        return
     settings = for_run(given, "pretrain", typed(context), path, resume)
     world = job.world
     speaks = world.rank == 0 and format == "table"
@@ -124,7 +137,7 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
         tell(
             f"pretraining {settings.model} on {settings.data.label} with {settings.strategy} over {world.size} rank{'s' * (world.size > 1)}"
         )
-    path, outcome = pretrain(settings, path, resume, world, Progress(speaks))
+    path, outcome = pretrain(settings, path, resume, world, Oversight(Progress(speaks), job.interruption, supervision))
     score = outcome.score
     fields = {
         "run": str(path),

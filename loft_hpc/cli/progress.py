@@ -53,6 +53,9 @@ class Progress:
         if self._speaks:
             tell(f"{before} ranks began this run, {now} go on: deals, data order and rounding are others from here on")
 
+    def fell_back(self, problem: str) -> None:
+        click.echo(f"loft: note: the newest checkpoint is broken, an earlier one is used: {problem}", err=True)
+
     def stopped(self, epoch: float, epochs: int) -> None:
         if self._bar:
             self._bar.render_finish()

@@ -7,6 +7,7 @@ import click
 
 from loft_hpc.cli.context import Job, format_option, tell
 from loft_hpc.cli.options import (
+    checkpoint_options,
     device_option,
     evaluation_options,
     fill,
@@ -16,6 +17,7 @@ from loft_hpc.cli.options import (
     precision_option,
     run_options,
     snapshot_options,
+    supervision_options,
     typed,
 )
 from loft_hpc.cli.presets import preset_option
@@ -24,7 +26,8 @@ from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DataSettings
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, retrain, ticket_data
 from loft_hpc.tickets.ticket import Ticket
-from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
+from loft_hpc.training.watching import Oversight
 
 
 @click.command("retrain")
@@ -42,7 +45,9 @@ from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Sn
 @optimisation_options(lr=LEARNING_RATE)
 @option(RetrainSettings, "seed", "Decides data order and augmentation.", type=int)
 @snapshot_options("0")
+@checkpoint_options
 @evaluation_options
+@supervision_options
 @device_option
 @precision_option
 @run_options
@@ -62,8 +67,10 @@ def command(
         "evaluation": fill(Evaluation, options),
         "computation": fill(Computation, options),
         "snapshots": fill(Snapshots, options),
+        "checkpoints": fill(Checkpointing, options),
     }
     fill(RetrainSettings, options, data=DataSettings(), **parts)
+    supervision = fill(Supervision, options)
     job.join()
     source = Ticket.read(Path(ticket))
     data = ticket_data(source).at(data_dir)
@@ -74,7 +81,7 @@ def command(
     speaks = world.rank == 0 and format == "table"
     if speaks:
         tell(f"retraining {ticket} on {data.label} over {world.size} rank{'s' * (world.size > 1)}")
-    path, outcome = retrain(source, settings, path, resume, world, Progress(speaks))
+    path, outcome = retrain(source, settings, path, resume, world, Oversight(Progress(speaks), job.interruption, supervision))
     score = outcome.score
     fields = {
         "run": str(path),

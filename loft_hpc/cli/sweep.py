@@ -25,7 +25,8 @@ from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings
 from loft_hpc.jobs.sweep import EVERY, Point, SweepSettings, sweep
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets.finders import Pruning
-from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots, Supervision
+from loft_hpc.training.watching import Oversight
 
 NEVER = 1_000_000
 """Epochs between evaluations: each retraining is judged at its end alone."""
@@ -108,7 +109,8 @@ def command(
     job.join()
     world = job.world
     progress = SweepProgress(job.speaks and format == "table")
-    points = sweep([Path(run) for run in runs], SweepSettings(prunings, blocks, at, name), recipe, world, progress, Progress(False))
+    quiet = Oversight(Progress(False), job.interruption, Supervision())
+    points = sweep([Path(run) for run in runs], SweepSettings(prunings, blocks, at, name), recipe, world, progress, quiet)
     if plot:
         from loft_hpc.analysis.plots import plot_sweep
 

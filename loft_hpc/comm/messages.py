@@ -1,6 +1,7 @@
 """Messages from rank to rank, for what is no collective: mpi4py, non-blocking, on buffers that the caller keeps."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Messages:
         self._world.ledger.record("send", purpose, Entry(1, size, 0, size, 0))
         host = self._staging.to_host(tensor, f"send.{purpose}.{tag}")
         request = self._mpi.Isend(_bytes(host), to, tag)
-        return lambda kept=host: request.Wait()  # the memory must live as long as the request
+        return lambda kept=host: self._wait(request, f"a message to rank {to}")  # the memory must live as long as the request
 
     def receive(self, tensor: Tensor, source: int, tag: int, purpose: str) -> Callable[[], Tensor]:
         size = tensor.numel() * tensor.element_size()
@@ -37,10 +38,14 @@ class Messages:
         request = self._mpi.Irecv(_bytes(host), source, tag)
 
         def wait() -> Tensor:
-            request.Wait()
+            self._wait(request, f"a message from rank {source}")
             return self._staging.back(host, tensor)
 
         return wait
+
+    def _wait(self, request: Any, what: str) -> None:
+        with self._world.waiting(what):
+            request.Wait()
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:

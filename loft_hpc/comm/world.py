@@ -8,16 +8,21 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from loft_hpc.comm import launch
 from loft_hpc.comm.ledger import Entry, Ledger, chain_broadcast, ring_allgather, ring_allreduce
+from loft_hpc.comm.pulse import Pulse
 from loft_hpc.comm.staging import Staging
 from loft_hpc.errors import LoftError
+
+Item = TypeVar("Item")
 
 
 class World:
@@ -36,10 +41,12 @@ class World:
         self.local_rank: int = hvd.local_rank()
         self.local_size: int = hvd.local_size()
         self.ledger = Ledger()
-        self._faults, self._votes = mpi.Dup(), mpi.Dup()
+        self._faults = mpi.Dup()
         from mpi4py import MPI
 
-        self._byte, self._or = MPI.UNSIGNED_CHAR, MPI.BOR
+        self._minimum = MPI.MIN
+        self.pulse = Pulse()
+        """When this rank last got on, and what it waits for: what a watchdog looks at."""
         self._staging = Staging(direct=False)
 
     def use_device(self, device: torch.device, direct: bool) -> None:
@@ -63,8 +70,9 @@ class World:
         size = tensor.numel() * tensor.element_size()
         self._record("allreduce", purpose, Entry(1, size, size, sent, received))
         host = self._staging.to_host(tensor, f"allreduce.{purpose}")
-        handle = self._hvd.allreduce_async_(host, name=f"allreduce.{purpose}", op=self._hvd.Sum)
-        return lambda: self._staging.back(self._hvd.synchronize(handle), tensor)
+        name = f"allreduce.{purpose}"
+        handle = self._hvd.allreduce_async_(host, name=name, op=self._hvd.Sum)
+        return lambda: self._arrived(handle, name, host, tensor)
 
     def all_gather(self, tensor: Tensor, output: Tensor, counts: list[int], purpose: str) -> Callable[[], Tensor]:
         """Every rank's (counts[rank],) `tensor`, one after the other, into `output` of (sum(counts),), allocated by the caller."""
@@ -82,7 +90,7 @@ class World:
         from horovod.torch import mpi_ops
 
         handle = mpi_ops._allgather_async(host, _as_carried(target), f"allgather.{purpose}", self._hvd.global_process_set)
-        return lambda: self._arrived(handle, target, output)
+        return lambda: self._arrived(handle, f"allgather.{purpose}", target, output)
 
     def all_to_all(
         self, tensor: Tensor, output: Tensor, sent_counts: list[int], received_counts: list[int], purpose: str
@@ -107,11 +115,12 @@ class World:
         from horovod.torch import mpi_ops  # as for all_gather: into a buffer that is there already
 
         handle = mpi_ops._alltoall_async(host, splits, _as_carried(target), arrived, f"alltoall.{purpose}", self._hvd.global_process_set)
-        return lambda: self._arrived(handle, target, output)
+        return lambda: self._arrived(handle, f"alltoall.{purpose}", target, output)
 
-    def _arrived(self, handle: int, target: Tensor, output: Tensor) -> Tensor:
+    def _arrived(self, handle: int, name: str, target: Tensor, output: Tensor) -> Tensor:
         """Wait for Horovod to fill `target`, and bring it home into `output`."""
-        self._hvd.synchronize(handle)
+        with self.waiting(name):
+            self._hvd.synchronize(handle)
         return self._staging.back(target, output)
 
     def broadcast_(self, tensor: Tensor, purpose: str, root: int = 0) -> Callable[[], Tensor]:
@@ -123,8 +132,9 @@ class World:
         at_root = self.rank == root
         self._record("broadcast", purpose, Entry(1, size if at_root else 0, 0 if at_root else size, sent, received))
         host = self._staging.to_host(tensor, f"broadcast.{purpose}")
-        handle = self._hvd.broadcast_async_(host, root, name=f"broadcast.{purpose}")
-        return lambda: self._staging.back(self._hvd.synchronize(handle), tensor)
+        name = f"broadcast.{purpose}"
+        handle = self._hvd.broadcast_async_(host, root, name=name)
+        return lambda: self._arrived(handle, name, host, tensor)
 
     def _record(self, operation: str, purpose: str, entry: Entry) -> None:
         if purpose in ("partitioned", "shared") and operation in ("allreduce", "allgather", "alltoall"):
@@ -138,7 +148,8 @@ class World:
         if self.size == 1:
             return [value]
         packed = pickle.dumps(value)
-        everybody = self.mpi.allgather(packed)
+        with self.waiting("a gathering of objects"):
+            everybody = self.mpi.allgather(packed)
         counts = [len(item) for item in everybody]
         sent, received = ring_allgather(counts, 1, self.rank)
         self.ledger.record("allgather", "control", Entry(1, len(packed), sum(counts), sent, received))
@@ -153,8 +164,9 @@ class World:
             except (LoftError, OSError) as error:
                 problem = error
         if self.size > 1:
-            self._wait_quietly()
-            packed = self.mpi.bcast(pickle.dumps((result, problem)) if self.rank == 0 else None)
+            with self.waiting("rank 0"):
+                self._wait_quietly()
+                packed = self.mpi.bcast(pickle.dumps((result, problem)) if self.rank == 0 else None)
             at_root, size = self.rank == 0, len(packed)
             sent, received = chain_broadcast(size, 1, self.rank, self.size)
             self.ledger.record("broadcast", "control", Entry(1, size if at_root else 0, 0 if at_root else size, sent, received))
@@ -163,20 +175,19 @@ class World:
             raise problem
         return result
 
-    def anybody(self, mine: bool) -> Callable[[], bool]:
-        """Whether any rank says so. Asked now and answered by calling what is returned, so that ranks need not wait for one another."""
+    def smallest(self, values: Sequence[int]) -> list[int]:
+        """The smallest of every rank's first value, second value, and so on: one small all-reduce, counted as `control`.
+
+        Values lie within 64 bits. What is largest is asked for by giving it a minus.
+        """
         if self.size == 1:
-            return lambda: mine
-        said, answer = bytearray([mine]), bytearray(1)
-        request = self._votes.Iallreduce([said, 1, self._byte], [answer, 1, self._byte], op=self._or)
-        sent, received = ring_allreduce(1, 1, self.rank, self.size)
-        self.ledger.record("allreduce", "control", Entry(1, 1, 1, sent, received))
-
-        def wait() -> bool:
-            request.Wait()
-            return bool(answer[0])
-
-        return wait
+            return list(values)
+        mine, result = np.array(values, dtype=np.int64), np.empty(len(values), dtype=np.int64)
+        sent, received = ring_allreduce(len(mine), mine.itemsize, self.rank, self.size)
+        self.ledger.record("allreduce", "control", Entry(1, mine.nbytes, mine.nbytes, sent, received))
+        with self.waiting("a vote"):
+            self.mpi.Allreduce(mine, result, op=self._minimum)
+        return result.tolist()
 
     def _wait_quietly(self) -> None:
         """Wait for every rank without keeping a core busy, which rank 0 may need for what it does (and times)."""
@@ -186,7 +197,20 @@ class World:
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        self.mpi.Barrier()
+        with self.waiting("a barrier"):
+            self.mpi.Barrier()
+
+    # -- signs of life ----------------------------------------------------------------------------------------------------
+
+    def waiting(self, name: str) -> AbstractContextManager[None]:
+        """Around whatever waits for another rank, so that a watchdog knows who keeps whom waiting."""
+        return self.pulse.waiting(name)
+
+    def paced(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, for instance the batches of a training: each is a sign of life."""
+        for item in items:
+            self.pulse.beat()
+            yield item
 
     # -- the end of a job that failed -------------------------------------------------------------------------------------
 

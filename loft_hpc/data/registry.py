@@ -14,6 +14,7 @@ from loft_hpc.models.architecture import stem_for
 DATASET_NAMES = ("digits", "textures", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic")
 CIFAR = ("cifar10", "cifar100")
 FIXED_SIZE = ("digits", *CIFAR)
+_LABEL_BYTES = 8
 IMAGE_SIZES = range(8, 1025)
 MAX_LOADER_WORKERS = 256
 
@@ -26,6 +27,15 @@ class DataShape:
     channels: int
     image_size: int
     train_images: int
+    test_images: int
+    pixel_bytes: int
+    """Of one channel of one pixel, as it stays in every rank's memory; 0 for images that are read from files as they are needed."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the images and their labels take of every rank's memory."""
+        images = self.train_images + self.test_images
+        return images * (self.channels * self.image_size**2 * self.pixel_bytes + _LABEL_BYTES) if self.pixel_bytes else 0
 
     @property
     def stem(self) -> str:
@@ -33,12 +43,12 @@ class DataShape:
 
 
 _SHAPES = {
-    "digits": DataShape(10, 1, 8, 1437),
-    "textures": DataShape(18, 1, 32, 3600),
-    "cifar10": DataShape(10, 3, 32, 50_000),
-    "cifar100": DataShape(100, 3, 32, 50_000),
-    "imagenet": DataShape(1000, 3, 224, 1_281_167),
-    "synthetic": DataShape(10, 3, 32, 2000),
+    "digits": DataShape(10, 1, 8, 1437, 360, 4),
+    "textures": DataShape(18, 1, 32, 3600, 900, 4),
+    "cifar10": DataShape(10, 3, 32, 50_000, 10_000, 1),
+    "cifar100": DataShape(100, 3, 32, 50_000, 10_000, 1),
+    "imagenet": DataShape(1000, 3, 224, 1_281_167, 50_000, 0),
+    "synthetic": DataShape(10, 3, 32, 2000, 500, 4),
 }
 
 
@@ -111,4 +121,4 @@ def open_data(settings: DataSettings, device: torch.device, world: World) -> Dat
         return cifar(settings.dataset, folder, settings.download, device, world)
     from loft_hpc.data.folders import FolderDataSet
 
-    return FolderDataSet(settings.dataset, folder, settings.image_size or 224, settings.loader_workers, device)
+    return FolderDataSet(settings.dataset, folder, settings.image_size or 224, settings.loader_workers, device, world)

@@ -25,11 +25,11 @@ class Averaging:
     the cache for all that is done with it.
     """
 
-    def __init__(self, shared: Tensor, world: World, transport: torch.dtype):
+    def __init__(self, shared: Tensor, world: World, transport: torch.dtype, on_gpu: bool):
         self._shared, self._world = shared, world
         self._agreed = torch.empty_like(shared)
         self._exact = transport == shared.dtype
-        self._piece = _CACHED_ELEMENTS if shared.device.type == "cpu" else max(shared.numel(), 1)
+        self._piece = max(shared.numel(), 1) if on_gpu else _CACHED_ELEMENTS
         if not self._exact:
             self._chunks = shares(shared.numel(), world.size)
             mine = self._chunks[world.rank]

@@ -23,23 +23,29 @@ class Exchange(ABC):
 
     After it, this rank's partitioned parameters are those of the new deal and the shared ones are averaged. How the filters get there
     does not change what is learnt: every exchange gives bitwise the same training.
+
+    `on_gpu`: whether to work as suits a GPU; by default where the buffers lie on one.
     """
 
-    def __init__(self, sub: SubNetwork, full: Layout, groups: Sequence[FilterGroup], world: World, transport: torch.dtype):
+    def __init__(
+        self, sub: SubNetwork, full: Layout, groups: Sequence[FilterGroup], world: World, transport: torch.dtype,
+        on_gpu: bool | None = None,
+    ):  # fmt: skip
+        on_gpu = sub.shared.content.is_cuda if on_gpu is None else on_gpu
         self._sub = sub
         self._full = full
         self._groups = groups
         self._world = world
         self._transport = transport
         self._copies = 2 if sub.momentum_travels else 1
-        self._averaging = Averaging(sub.shared.content, world, transport)
+        self.averaging = Averaging(sub.shared.content, world, transport, on_gpu)
         self._layouts = partitioned_layouts(full, groups, world.size)
         self._counts = [layout.numel * self._copies for layout in self._layouts]
 
     def agree(self) -> None:
         """Take note that all workers have the shared parameters alike now: at the start, and where they were loaded."""
         if self._world.size > 1:
-            self._averaging.agree()
+            self.averaging.agree()
 
     def run(self, old: Deal, new: Deal, average: bool = True) -> None:
         """After the local steps. Without `average` the shared parameters stay each worker's own for another round."""
@@ -51,7 +57,7 @@ class Exchange(ABC):
 
     def communicate(self, average: bool = True) -> None:
         """The collectives: the partitioned parameters and, unless this round does not average, the shared ones."""
-        averaging = self._averaging.start() if average else None
+        averaging = self.averaging.start() if average else None
         moving = self.send_partitioned()
         if averaging:
             averaging()

@@ -20,7 +20,7 @@ from loft_hpc.models.scores import filter_scores
 from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.interval import passes
 from loft_hpc.training.settings import Optimisation
-from loft_hpc.training.strategy import Advance, Strategy, everybodys_scores, refuse_other_network
+from loft_hpc.training.strategy import Advance, Strategy, bits, everybodys_scores, refuse_other_network, summed
 from loft_hpc.training.trainer import Trainer
 
 MOMENTUM_RULES = ("reset", "carry")
@@ -80,6 +80,7 @@ class Loft(Strategy):
         self.total_steps = total_steps
         self.steps_per_epoch = order.steps_per_epoch
         self.batch_images = order.batch_size
+        self.expected_rounds = -(-total_steps // settings.local_iterations)
         self.any_world_size = not settings.shard_data  # shards of another size would make epochs of another length
         self._looks = (order.steps_per_epoch, snapshot_steps)
         self._settings, self._seed, self._order, self._data, self._world = settings, seed, order, data, world
@@ -122,8 +123,8 @@ class Loft(Strategy):
         if not self._carry:
             self._trainer.reset_momentum()
         steps = min(self._settings.local_iterations, self.total_steps - self._step)
-        losses = self._trainer.steps(self._data.train_batches(self._order, self._step, steps), self._step)
-        mean_loss = float(losses) / steps
+        batches = self._world.paced(self._data.train_batches(self._order, self._step, steps))
+        total_loss, diverged_at = summed(self._trainer.steps(batches, self._step), self._step)
         start = time.perf_counter()
         self._alike = averages(self._settings, self._round + 1, self._step, self._step + steps, self._looks, self.total_steps)
         self._step += steps
@@ -131,7 +132,7 @@ class Loft(Strategy):
         following = deal(self.groups, self._world.size, self._seed, self._round)
         self._exchange.run(self._deal, following, average=self._alike)
         self._deal = following
-        return Advance(self._step, mean_loss, time.perf_counter() - start, self._round)
+        return Advance(self._step, total_loss / steps, time.perf_counter() - start, self._round, diverged_at)
 
     @property
     def settled(self) -> bool:
@@ -154,6 +155,9 @@ class Loft(Strategy):
         mine = [group for group in self._all_groups if group.name in held]
         state = self._sub.shared.views | self._sub.partitioned.views
         return everybodys_scores(filter_scores(state, mine), held, self._all_groups, self._world)
+
+    def digest(self) -> int:
+        return bits(self._sub.shared.content) if self._alike else 0
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
         tensors = {f"parameters/{name}": tensor for name, tensor in self.full_state().items()}

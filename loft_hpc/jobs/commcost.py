@@ -1,7 +1,7 @@
 """`loft commcost RUN`: the ledgers of real runs beside the closed formulas."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 from pathlib import Path
@@ -27,11 +27,11 @@ from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.pipeline.stages import cuts
 from loft_hpc.runs.run import Run
-from loft_hpc.training.interval import passes
+from loft_hpc.training.calendar import Calendar
 
 TRAINING = ("partitioned", "shared", "activation", "gradient", "merge")
 """Purposes that the formulas speak of; `control` holds what their sizes do not decide (objects, statistics of evaluations)."""
-MOST_ROUNDS = 1_000_000
+MOST_POINTS = 1_000_000
 """The formulas go through a run round by round."""
 
 
@@ -95,8 +95,13 @@ def run_cost(path: Path) -> RunCost:
         raise LoftError(f"{path / 'run.json'} does not say how many steps were made: restore it")
     if len(ledgers) != workers:
         raise LoftError(f"{path / 'ledger.json'} holds {len(ledgers)} ledgers for {workers} ranks: restore it")
-    if settings.strategy == "loft" and workers > 1 and steps > MOST_ROUNDS * settings.loft.local_iterations:
-        raise LoftError(f"{path} made more than {MOST_ROUNDS:,} rounds: too many to go through")
+    if run.other_sizes:
+        raise LoftError(
+            f"{path} went on with other numbers of ranks than it began with: no formula covers that; its bytes are in ledger.json"
+        )
+    points = steps // settings.loft.local_iterations if settings.strategy == "loft" else steps
+    if settings.strategy != "data-parallel" and workers > 1 and points > MOST_POINTS:
+        raise LoftError(f"{path} made more than {MOST_POINTS:,} rounds or steps: too many to go through")
     expected = as_ledger(list(_run_flows(run, settings, workers, steps, per_epoch)))
     rows = [
         LedgerRow(operation, purpose, expected.entry(operation, purpose), total.entry(operation, purpose))
@@ -123,14 +128,16 @@ def _run_flows(run: Run, settings: PretrainSettings, workers: int, steps: int, p
             raise LoftError(f"{run.path / 'run.json'} does not say its image_size: restore it")
         crossing = crossing_elements(network, size, cuts(network, settings.pipeline.split, workers, size))
         yield from (flow.times(steps) for flow in pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches))
-        # at the start, wherever the full network is looked at, and its momentum at the end of every epoch
-        looks = _full_steps(settings, steps, per_epoch)
-        yield all_gather(parameters, FLOAT32_BYTES, workers, "merge").times(1 + looks + math.ceil(steps / per_epoch))
+        # at the start, wherever the full network is looked at, and its momentum in every checkpoint
+        looks, checkpoints = _looks(run, settings, range(steps + 1), repeat(True), per_epoch)
+        yield all_gather(parameters, FLOAT32_BYTES, workers, "merge").times(1 + looks + checkpoints)
     else:
-        yield from _loft_run_flows(settings, network, workers, steps, per_epoch)
+        yield from _loft_run_flows(run, settings, network, workers, steps, per_epoch)
 
 
-def _loft_run_flows(settings: PretrainSettings, network: Architecture, workers: int, steps: int, per_epoch: int) -> Iterator[Flow]:
+def _loft_run_flows(
+    run: Run, settings: PretrainSettings, network: Architecture, workers: int, steps: int, per_epoch: int
+) -> Iterator[Flow]:
     loft = settings.loft
     divided = division_of(network, loft.partition)
     check_workers(partitioned_groups(filter_groups(network), loft.partition), workers)
@@ -144,24 +151,27 @@ def _loft_run_flows(settings: PretrainSettings, network: Architecture, workers: 
         yield from exchange_flows(settings, divided, workers, moved, average)
     if loft.exchange == "alltoall" or loft.transport_dtype != "float32":
         ends = [min(number * loft.local_iterations, steps) for number in range(rounds + 1)]
-        times = len(_full_looks(settings, ends, steps, per_epoch))
-        if loft.momentum_across_rounds == "carry":
-            times += sum(passes(*around, per_epoch) or around[1] == steps for around in pairwise(ends))
+        looks, checkpoints = _looks(run, settings, ends, averaging, per_epoch)
+        times = looks + (checkpoints if loft.momentum_across_rounds == "carry" else 0)
         yield all_gather(divided.partitioned, FLOAT32_BYTES, workers, "merge").times(times)
 
 
-def _full_steps(settings: PretrainSettings, steps: int, per_epoch: int) -> int:
-    """The number of `_full_looks` where a full network can be had after every step."""
-    snapshot_steps = settings.snapshots.every.steps(per_epoch) if settings.snapshots.snapshot_tensors else 0
-    every = [interval for interval in (per_epoch, snapshot_steps) if interval]
-    both = steps // math.lcm(*every) if len(every) == 2 else 0
-    return sum(steps // interval for interval in every) - both + all(steps % interval for interval in every)
+def _looks(run: Run, settings: PretrainSettings, points: Sequence[int], settled: Iterable[bool], per_epoch: int) -> tuple[int, int]:
+    """After how many of the `points` (steps at which a full network may be had) it is put together, and how many checkpoints are written.
 
-
-def _full_looks(settings: PretrainSettings, points: Sequence[int], steps: int, per_epoch: int) -> list[int]:
-    """Of the `points` (steps at which a full network can be had), those after which it is: ends of epochs, full snapshots, the end."""
-    snapshot_steps = settings.snapshots.every.steps(per_epoch) if settings.snapshots.snapshot_tensors else 0
-    return [end for begin, end in pairwise(points) if passes(begin, end, per_epoch) or passes(begin, end, snapshot_steps) or end == steps]
+    `settled` says of every stretch between two points whether one can be had at its end, which a checkpoint waits for.
+    """
+    calendar = Calendar.of(points[-1], per_epoch, settings.evaluation, settings.snapshots, settings.checkpoints)
+    asked_for = run.interrupted_at_steps
+    looks, checkpoints, wanted = 0, 0, False
+    for (begin, end), possible in zip(pairwise(points), settled, strict=False):
+        due = calendar.due(begin, end)
+        wanted = wanted or due.checkpoint
+        checkpoint = possible and (wanted or end in asked_for)
+        looks += checkpoint or due.evaluation or (due.snapshot and (settings.snapshots.snapshot_tensors or end == points[-1]))
+        checkpoints += checkpoint
+        wanted = wanted and not checkpoint
+    return looks, checkpoints
 
 
 def moved_parameters(settings: PretrainSettings, network: Architecture, divided: Division, workers: int, rounds: int) -> Iterator[int]:

@@ -10,13 +10,13 @@ import torch
 
 from loft_hpc.analysis.distance import GroupDistance, mean_normalised, score_distance
 from loft_hpc.errors import LoftError
+from loft_hpc.files import read_tensors
 from loft_hpc.filterwise.emergence import Emergence, Stopping
 from loft_hpc.jobs.measure import open_subject
 from loft_hpc.jobs.retrain import snapshot_name
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import State, filter_groups
 from loft_hpc.models.scores import CRITERIA, by_group, filter_scores
-from loft_hpc.runs.files import read_tensors
 from loft_hpc.runs.run import Run
 
 Ranked = dict[str, np.ndarray]

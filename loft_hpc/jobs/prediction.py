@@ -54,18 +54,66 @@ def predict(settings: PretrainSettings, workers: int, cluster: Cluster | None) -
         return Prediction(settings.strategy, workers, 0, 0, 0, None, str(problem))
 
 
+@dataclass(frozen=True)
+class Exchanges:
+    """One kind of exchange of a training."""
+
+    unit: str
+    """`round` or `step`."""
+    count: int
+    """How many the training has."""
+    flows: list[Flow]
+    """What one of them carries."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """The way of a training: its steps, and what the ranks exchange in it."""
+
+    steps_per_epoch: int
+    steps: int
+    """Of a worker, in the whole training."""
+    exchanges: list[Exchanges]
+
+    @property
+    def flows(self) -> list[Flow]:
+        """Of the whole training, without evaluations."""
+        return [flow.times(kind.count) for kind in self.exchanges for flow in kind.flows]
+
+    @property
+    def epochs(self) -> float:
+        return self.steps / self.steps_per_epoch
+
+
 def _predict(settings: PretrainSettings, workers: int, cluster: Cluster | None) -> Prediction:
+    shape, network = planned(settings)
+    way = course(settings, shape, network, workers)
+    seconds = epoch_seconds(settings, shape, network, workers, way, cluster) if cluster else None
+    wire = sum(flow.wire_bytes for flow in way.flows)
+    return Prediction(settings.strategy, workers, delivered(way.flows), handed_over(way.flows), wire, seconds)
+
+
+def planned(settings: PretrainSettings) -> tuple[DataShape, Architecture]:
+    """The data set's shape and the network that settings name. Raises LoftError for data that have no shape before they are read."""
     shape = known_shape(settings.data.dataset, settings.data.image_size)
-    network = architecture(settings.model, shape.num_classes, shape.channels, shape.stem, settings.widen)
-    of = {"loft": _loft_case, "data-parallel": _data_parallel_case, "gpipe": _pipeline_case}[settings.strategy]
-    flows, seconds = of(settings, shape, network, workers, cluster)
-    return Prediction(settings.strategy, workers, delivered(flows), handed_over(flows), sum(flow.wire_bytes for flow in flows), seconds)
+    return shape, architecture(settings.model, shape.num_classes, shape.channels, shape.stem, settings.widen)
 
 
-Case = tuple[list[Flow], Seconds | None]
+def course(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int) -> Course:
+    """Steps and exchanges of a training on so many workers. Raises LoftError where it is not possible."""
+    of = {"loft": _loft_course, "data-parallel": _data_parallel_course, "gpipe": _pipeline_course}[settings.strategy]
+    return of(settings, shape, network, workers)
 
 
-def _loft_case(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, cluster: Cluster | None) -> Case:
+def epoch_seconds(
+    settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, way: Course, cluster: Cluster
+) -> Seconds:
+    """Of an epoch of that course."""
+    of = {"loft": _loft_seconds, "data-parallel": _data_parallel_seconds, "gpipe": _pipeline_seconds}[settings.strategy]
+    return of(settings, shape, network, workers, way, cluster)
+
+
+def _loft_course(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int) -> Course:
     groups = partitioned_groups(filter_groups(network), settings.loft.partition)
     check_workers(groups, workers)
     images = shape.train_images // workers if settings.loft.shard_data else shape.train_images
@@ -74,50 +122,65 @@ def _loft_case(settings: PretrainSettings, shape: DataShape, network: Architectu
         raise LoftError(f"a worker's {images} images make no batch of {settings.batch_size}")
     total = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * steps
     divided = division_of(network, settings.loft.partition)
-    both, partitioned = (exchange_flows(settings, divided, workers, average=average) for average in (True, False))
     averaging = list(averaging_rounds(settings.loft, total, (steps, settings.snapshots.every.steps(steps))))
-    rounds, averaged = len(averaging), sum(averaging)
-    flows = [flow.times(averaged) for flow in both] + [flow.times(rounds - averaged) for flow in partitioned]
-    seconds = None
-    if cluster:
-        widest = {group.name: shares(group.width, workers)[0] for group in groups}
-        flops = network_size(network, widest, shape.image_size).flops
-        seconds = timing.loft_epoch(cluster, steps * settings.batch_size, steps / total, flops, flows, workers)
-    return flows, seconds
+    counts = {True: sum(averaging), False: len(averaging) - sum(averaging)}
+    exchanges = [
+        Exchanges("round", count, exchange_flows(settings, divided, workers, average=average)) for average, count in counts.items() if count
+    ]
+    return Course(steps, total, exchanges)
 
 
-def _data_parallel_case(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, cluster: Cluster | None) -> Case:
+def _loft_seconds(
+    settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, way: Course, cluster: Cluster
+) -> Seconds:
+    groups = partitioned_groups(filter_groups(network), settings.loft.partition)
+    flops = network_size(network, {group.name: shares(group.width, workers)[0] for group in groups}, shape.image_size).flops
+    images = way.steps_per_epoch * settings.batch_size
+    return timing.loft_epoch(cluster, images, way.steps_per_epoch / way.steps, flops, way.flows, workers)
+
+
+def _data_parallel_course(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int) -> Course:
     if settings.batch_size < 2 * workers:
         raise LoftError(
             f"--batch-size {settings.batch_size} over {workers} workers leaves one with fewer than the 2 images of normalisation"
         )
-    steps = shape.train_images // settings.batch_size
-    step = data_parallel_step(division_of(network, "all-blocks").total, workers)
-    seconds = None
-    if cluster:
-        flops = network_size(network, None, shape.image_size).flops
-        seconds = timing.data_parallel_epoch(cluster, steps * settings.batch_size, steps, flops, step, workers)
-    return [flow.times(steps * settings.epochs) for flow in step], seconds
+    return _of_steps(settings, shape, data_parallel_step(division_of(network, "all-blocks").total, workers))
 
 
-def _pipeline_case(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, cluster: Cluster | None) -> Case:
+def _data_parallel_seconds(
+    settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, way: Course, cluster: Cluster
+) -> Seconds:
+    steps, flops = way.steps_per_epoch, network_size(network, None, shape.image_size).flops
+    return timing.data_parallel_epoch(cluster, steps * settings.batch_size, steps, flops, way.exchanges[0].flows, workers)
+
+
+def _pipeline_course(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int) -> Course:
     settings.pipeline.check_batch(settings.batch_size)
-    chosen = cuts(network, settings.pipeline.split, workers, shape.image_size)
+    crossing = crossing_elements(network, shape.image_size, cuts(network, settings.pipeline.split, workers, shape.image_size))
+    return _of_steps(settings, shape, pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches))
+
+
+def _of_steps(settings: PretrainSettings, shape: DataShape, flows: list[Flow]) -> Course:
+    """All ranks together are one worker, and every step exchanges."""
     steps = shape.train_images // settings.batch_size
-    crossing = crossing_elements(network, shape.image_size, chosen)
-    step = pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches)
-    seconds = None
-    if cluster:
-        images = settings.batch_size // settings.pipeline.micro_batches
-        flops = section_flops_of(network, shape.image_size)
-        of_stages = []
-        for part in parts(network, chosen):
-            blocks = flops[part.first : part.last + 1]
-            of_stages.append(images * (sum(blocks) + (flops[0] if part.begins else 0) + (flops[-1] if part.ends else 0)))
-        crossing_bytes = [FLOAT32_BYTES * images * elements for elements in crossing]
-        one = timing.pipeline_step(cluster, of_stages, crossing_bytes, settings.pipeline.micro_batches, settings.pipeline.recompute)
-        seconds = Seconds(steps * one.compute, steps * one.communicate)
-    return [flow.times(steps * settings.epochs) for flow in step], seconds
+    if not steps:
+        raise LoftError(f"{shape.train_images} images make no batch of {settings.batch_size}")
+    return Course(steps, steps * settings.epochs, [Exchanges("step", steps * settings.epochs, flows)])
+
+
+def _pipeline_seconds(
+    settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, way: Course, cluster: Cluster
+) -> Seconds:
+    chosen = cuts(network, settings.pipeline.split, workers, shape.image_size)
+    images = settings.batch_size // settings.pipeline.micro_batches
+    flops = section_flops_of(network, shape.image_size)
+    of_stages = []
+    for part in parts(network, chosen):
+        blocks = flops[part.first : part.last + 1]
+        of_stages.append(images * (sum(blocks) + (flops[0] if part.begins else 0) + (flops[-1] if part.ends else 0)))
+    crossing_bytes = [FLOAT32_BYTES * images * elements for elements in crossing_elements(network, shape.image_size, chosen)]
+    one = timing.pipeline_step(cluster, of_stages, crossing_bytes, settings.pipeline.micro_batches, settings.pipeline.recompute)
+    return Seconds(way.steps_per_epoch * one.compute, way.steps_per_epoch * one.communicate)
 
 
 def exchange_flows(

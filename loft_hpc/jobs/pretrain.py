@@ -19,9 +19,9 @@ from loft_hpc.pipeline.gpipe import GPipe, PipelineSettings
 from loft_hpc.runs.run import Run
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.session import Outcome
-from loft_hpc.training.settings import MAX_EPOCHS, Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.settings import MAX_EPOCHS, Checkpointing, Computation, Evaluation, Optimisation, Snapshots
 from loft_hpc.training.strategy import Strategy
-from loft_hpc.training.watching import Watcher
+from loft_hpc.training.watching import Oversight
 
 STRATEGIES = ("loft", "data-parallel", "gpipe")
 
@@ -48,6 +48,7 @@ class PretrainSettings:
     evaluation: Evaluation = field(default_factory=Evaluation)
     computation: Computation = field(default_factory=Computation)
     snapshots: Snapshots = field(default_factory=Snapshots)
+    checkpoints: Checkpointing = field(default_factory=Checkpointing)
     stopping: Stopping = field(default_factory=Stopping)
 
     def __post_init__(self):
@@ -69,13 +70,13 @@ class PretrainSettings:
             self.pipeline.check_batch(self.batch_size)
 
 
-def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world: World, watcher: Watcher) -> tuple[Path, Outcome]:
+def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world: World, oversight: Oversight) -> tuple[Path, Outcome]:
     """Train, and leave a complete run at `path` (by default under runs/). Collective: every rank calls it.
 
     With `resume`, a run at `path` is continued from its newest checkpoint; where there is none yet, one is started, and one that is
     done is left as it is.
     """
-    where = destination(path, resume, (settings.model, settings.data.dataset, settings.strategy), world)
+    where = destination(settings, path, resume, (settings.model, settings.data.dataset, settings.strategy), world)
     if where.finished:
         return where.path, where.finished
     workplace = prepare(settings, world)
@@ -99,7 +100,9 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     else:
         strategy = DataParallel(network, None, initial, *common, precision, device, world)
         details = {"parameters": parameters}
-    outcome = train_into(where, "pretrain", strategy, settings, network, None, details, order, workplace, world, watcher, settings.stopping)
+    outcome = train_into(
+        where, "pretrain", strategy, settings, network, None, details, order, workplace, world, oversight, settings.stopping
+    )
     return where.path, outcome
 
 

@@ -17,8 +17,8 @@ from loft_hpc.runs.run import Run
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.session import Outcome
-from loft_hpc.training.settings import MAX_EPOCHS, Computation, Evaluation, Optimisation, Snapshots
-from loft_hpc.training.watching import Watcher
+from loft_hpc.training.settings import MAX_EPOCHS, Checkpointing, Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.watching import Oversight
 
 LEARNING_RATE = 0.03
 """Default at the start of retraining: the weights are trained already (docs/decisions/0008)."""
@@ -39,6 +39,7 @@ class RetrainSettings:
     evaluation: Evaluation = field(default_factory=Evaluation)
     computation: Computation = field(default_factory=Computation)
     snapshots: Snapshots = field(default_factory=lambda: Snapshots(snapshot_every="0"))
+    checkpoints: Checkpointing = field(default_factory=Checkpointing)
 
     def __post_init__(self):
         if self.rewind != "none":
@@ -79,10 +80,10 @@ def ticket_evaluation(ticket: Ticket) -> Evaluation:
 
 
 def retrain(
-    ticket: Ticket, settings: RetrainSettings, path: Path | None, resume: bool, world: World, watcher: Watcher
+    ticket: Ticket, settings: RetrainSettings, path: Path | None, resume: bool, world: World, oversight: Oversight
 ) -> tuple[Path, Outcome]:
     """Train a ticket data-parallel over all ranks, and leave a complete run at `path`. Collective. `resume` is as for `pretrain`."""
-    where = destination(path, resume, (ticket.architecture.model, settings.data.dataset, "retrain"), world)
+    where = destination(settings, path, resume, (ticket.architecture.model, settings.data.dataset, "retrain"), world)
     if where.earlier:
         _refuse_other_ticket(where.earlier, ticket)
     if where.finished:
@@ -103,7 +104,7 @@ def retrain(
         "hidden_widths": ticket.hidden_widths,
         "ticket": {"path": str(ticket.path), "sha256": ticket.fingerprint, **ticket.provenance},
     }
-    outcome = train_into(where, "retrain", strategy, settings, network, ticket.hidden_widths, details, order, workplace, world, watcher)
+    outcome = train_into(where, "retrain", strategy, settings, network, ticket.hidden_widths, details, order, workplace, world, oversight)
     return where.path, outcome
 
 

@@ -11,15 +11,15 @@ from typing import Any, Protocol
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
 from loft_hpc.errors import LoftError
+from loft_hpc.files import read_json
 from loft_hpc.jobs.prune import draw_tickets, ticket_name
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import to_json
-from loft_hpc.runs.files import read_json
 from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
 from loft_hpc.tickets.finders import Pruning
 from loft_hpc.tickets.ticket import Ticket
-from loft_hpc.training.watching import Watcher
+from loft_hpc.training.watching import Oversight
 
 EVERY = "every"
 
@@ -63,7 +63,7 @@ class SweepWatcher(Protocol):
 
 def sweep(
     runs: Sequence[Path], settings: SweepSettings, recipe: Callable[[Run], RetrainSettings], world: World, watcher: SweepWatcher,
-    quiet: Watcher,
+    quiet: Oversight,
 ) -> list[Point]:  # fmt: skip
     """Draw and retrain a ticket for every run, snapshot and pruning. Collective.
 

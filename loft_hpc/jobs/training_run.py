@@ -12,19 +12,20 @@ from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
 from loft_hpc.data.registry import DataSettings, open_data
 from loft_hpc.errors import LoftError
+from loft_hpc.files import refuse_links_outside
 from loft_hpc.filterwise.emergence import Emergence, Stopping
-from loft_hpc.jobs.settings import to_json
+from loft_hpc.jobs.agreement import refuse_disagreement, software
+from loft_hpc.jobs.settings import flatten, to_json
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.runs.checkpoints import Checkpoint
-from loft_hpc.runs.files import refuse_links_outside
 from loft_hpc.runs.lock import RunLock
 from loft_hpc.runs.run import Run, claim_default_path, refuse_occupied
 from loft_hpc.training.device import Placement, place
 from loft_hpc.training.evaluation import Score
 from loft_hpc.training.session import Outcome, Session
-from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots
 from loft_hpc.training.strategy import Strategy
-from loft_hpc.training.watching import Watcher
+from loft_hpc.training.watching import Oversight
 
 
 class TrainingSettings(Protocol):
@@ -34,10 +35,15 @@ class TrainingSettings(Protocol):
     batch_size: int
     seed: int
     snapshots: Snapshots
+    checkpoints: Checkpointing
     data: DataSettings
     optimisation: Optimisation
     evaluation: Evaluation
     computation: Computation
+
+
+_OF_A_RANK = ("data_dir", "loader_workers", "device")
+"""Settings that ranks on different machines may have different."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class Workplace:
 def prepare(settings: TrainingSettings, world: World) -> Workplace:
     """Choose devices and threads, and open the data set. Collective."""
     device, placement = place(settings.computation.device, settings.computation.precision, world)
-    return Workplace(device, world.gather_objects(placement), open_data(settings.data, device, world))
+    data = open_data(settings.data, device, world)
+    refuse_disagreement({f"the images of {data.info.name}, SHA-256": data.info.fingerprint}, world)
+    return Workplace(device, world.gather_objects(placement), data)
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,13 @@ class Destination:
             raise LoftError(f"{self.path / 'run.json'} says done, but not with what ({problem}): restore it") from None
 
 
-def destination(path: Path | None, resume: bool, name: tuple[str, str, str], world: World) -> Destination:
-    """Where to train into; by default runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, `name` being the first three. Collective."""
+def destination(settings: TrainingSettings, path: Path | None, resume: bool, name: tuple[str, str, str], world: World) -> Destination:
+    """Where to train into; by default runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, `name` being the first three. Collective.
+
+    Raises LoftError where the ranks were started with different settings (but for where each finds the data) or software.
+    """
+    options = {f"--{name.replace('_', '-')}": value for name, value in flatten(settings).items() if name not in _OF_A_RANK}
+    refuse_disagreement(options | {"--run": path, "--resume": resume} | software(), world)
     if path is None:
         return Destination(world.on_root(lambda: claim_default_path(*name, world.size)), None)
     if not (resume and world.on_root(lambda: (path / "run.json").exists())):
@@ -88,11 +101,11 @@ def destination(path: Path | None, resume: bool, name: tuple[str, str, str], wor
     return Destination(path, Run.open(path))
 
 
-def _newest_checkpoint(run: Run, workplace: Workplace, world: World) -> Checkpoint | None:
+def _newest_checkpoint(run: Run, workplace: Workplace, world: World, oversight: Oversight) -> Checkpoint | None:
     """The same one on every rank, chosen by rank 0. Raises LoftError if the data are not those that the run was started with."""
     if run.required("data", dict).get("fingerprint") != workplace.data.info.fingerprint:
         raise LoftError(f"the images of {workplace.data.info.name} are not those that {run.path} was started with: start another run")
-    step = world.on_root(run.checkpoints.newest_step)
+    step = world.on_root(lambda: run.checkpoints.newest_step(oversight.watcher.fell_back))
     return None if step is None else run.checkpoints.read(step)
 
 
@@ -109,7 +122,7 @@ def _observer(run: Run, stopping: Stopping, step: int) -> Emergence:
 def train_into(
     where: Destination, kind: str, strategy: Strategy, settings: TrainingSettings, architecture: Architecture,
     hidden_widths: Mapping[str, int] | None, details: Mapping[str, Any], order: Order, workplace: Workplace, world: World,
-    watcher: Watcher, stopping: Stopping | None = None,
+    oversight: Oversight, stopping: Stopping | None = None,
 ) -> Outcome:  # fmt: skip
     """Train to the end and leave a complete run. Collective. A run that is gone on with starts from its newest checkpoint.
 
@@ -120,7 +133,7 @@ def train_into(
     if where.earlier and (ranks := where.earlier.required("world_size", int)) != world.size:
         if not strategy.any_world_size:
             raise LoftError(f"{where.path} was started with {ranks} ranks: resume it with as many, not {world.size}")
-        watcher.other_world_size(ranks, world.size)
+        oversight.watcher.other_world_size(ranks, world.size)
 
     def enter() -> None:
         if where.earlier is None:
@@ -131,7 +144,7 @@ def train_into(
     world.on_root(enter)
     try:
         return _train_locked(
-            where, kind, strategy, settings, architecture, hidden_widths, details, order, workplace, world, watcher, stopping
+            where, kind, strategy, settings, architecture, hidden_widths, details, order, workplace, world, oversight, stopping
         )
     finally:
         lock.release()
@@ -140,9 +153,9 @@ def train_into(
 def _train_locked(
     where: Destination, kind: str, strategy: Strategy, settings: TrainingSettings, architecture: Architecture,
     hidden_widths: Mapping[str, int] | None, details: Mapping[str, Any], order: Order, workplace: Workplace, world: World,
-    watcher: Watcher, stopping: Stopping | None,
+    oversight: Oversight, stopping: Stopping | None,
 ) -> Outcome:  # fmt: skip
-    checkpoint = _newest_checkpoint(where.earlier, workplace, world) if where.earlier else None
+    checkpoint = _newest_checkpoint(where.earlier, workplace, world, oversight) if where.earlier else None
     description = {
         "architecture": architecture.to_json(),
         "seed": settings.seed,
@@ -159,6 +172,6 @@ def _train_locked(
         observer = world.on_root(lambda: _observer(run, stopping, checkpoint.step if checkpoint else -1))
     session = Session(
         strategy, architecture, hidden_widths, workplace.data, settings.optimisation, settings.evaluation, settings.snapshots,
-        run, world, workplace.device, watcher, observer,
+        settings.checkpoints, run, world, workplace.device, oversight, observer,
     )  # fmt: skip
     return session.run(checkpoint)

@@ -20,7 +20,7 @@ from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.settings import Optimisation
-from loft_hpc.training.strategy import Advance, Strategy, everybodys_scores, refuse_other_network
+from loft_hpc.training.strategy import Advance, Strategy, everybodys_scores, refuse_other_network, summed
 from loft_hpc.training.trainer import FlatSGD, stop_statistics
 
 STRETCH_STEPS = 8
@@ -86,10 +86,9 @@ class GPipe(Strategy):
         stop_statistics(stage)
         stage.train()
         self._sgd = FlatSGD((self._buffer,), optimisation, total_steps)
-        outputs = architecture.block_outputs(data.info.image_size)
+        borders = self._part.borders(architecture.block_outputs(data.info.image_size))
         self._pipeline = Pipeline(
-            stage, self._part, None if self._part.begins else outputs[self._part.first - 2],
-            None if self._part.ends else outputs[self._part.last - 1], settings.micro_batches, order.batch_size, Messages(world),
+            stage, self._part, *borders, settings.micro_batches, order.batch_size, Messages(world),
             world.rank, settings.recompute, precision == "bfloat16", device,
         )  # fmt: skip
         self._step = 0
@@ -98,15 +97,16 @@ class GPipe(Strategy):
     def advance(self, limit: int | None = None) -> Advance:
         self._whole = None
         steps = min(STRETCH_STEPS, (limit or self.total_steps) - self._step, self.total_steps - self._step)
-        waited, losses = self._pipeline.waiting_seconds, torch.zeros((), device=self._device)
-        for number, (images, labels) in enumerate(self._batches(steps), start=self._step):
+        waited, losses = self._pipeline.waiting_seconds, torch.zeros(steps, device=self._device)
+        for place, (images, labels) in enumerate(self._world.paced(self._batches(steps))):
             self._sgd.zero_gradients()
-            losses += self._pipeline.step(images, labels)
-            self._sgd.step(number)
-        self._step += steps
-        # The last stage alone knows the loss; rank 0 shows it.
+            losses[place] = self._pipeline.step(images, labels)
+            self._sgd.step(self._step + place)
+        # The last stage alone knows the losses; rank 0 shows them.
         self._world.broadcast_(losses, "control", root=self._world.size - 1)()
-        return Advance(self._step, float(losses) / steps, self._pipeline.waiting_seconds - waited)
+        total, diverged_at = summed(losses, self._step)
+        self._step += steps
+        return Advance(self._step, total / steps, self._pipeline.waiting_seconds - waited, diverged_at=diverged_at)
 
     def _batches(self, steps: int):
         """(images, labels) of each step, None for what this stage has no use for."""
@@ -137,6 +137,9 @@ class GPipe(Strategy):
         for layout, piece in zip(self._layouts, gathered.split(counts), strict=True):
             whole |= layout.views(piece)
         return {name: whole[name] for name in self._names}
+
+    def digest(self) -> int:
+        return 0  # no stage has what another has
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
         tensors = {f"parameters/{name}": view for name, view in self.full_state().items()}

@@ -20,9 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from loft_hpc.comm.messages import Messages
-from loft_hpc.pipeline.stages import Part, Stage
-
-Shape = tuple[int, int, int]
+from loft_hpc.pipeline.stages import Part, Shape, Stage
 
 
 class Pipeline:
@@ -40,8 +38,8 @@ class Pipeline:
         # our networks draw nothing, so there is no generator's state to keep
         self._run = partial(checkpoint, stage, use_reentrant=False, preserve_rng_state=False) if recompute else stage
         size = images // micro_batches
-        self._inputs = _buffers(None if part.begins else arriving, size, micro_batches, device)
-        self._gradients = _buffers(None if part.ends else leaving, size, micro_batches, device)
+        self._inputs = message_buffers(arriving, size, micro_batches, device)
+        self._gradients = message_buffers(leaving, size, micro_batches, device)
         self.waiting_seconds = 0.0
         """Time spent in waiting for messages, over all steps."""
 
@@ -94,7 +92,8 @@ class Pipeline:
         return result
 
 
-def _buffers(shape: Shape | None, images: int, count: int, device: torch.device) -> list[Tensor]:
+def message_buffers(shape: Shape | None, images: int, count: int, device: torch.device) -> list[Tensor]:
+    """For what comes over one border of a stage, `shape` for one image: a (images, C, H, W) tensor for each of `count` micro-batches."""
     if shape is None:
         return []
     return [torch.empty(images, *shape, device=device).contiguous(memory_format=torch.channels_last) for _ in range(count)]

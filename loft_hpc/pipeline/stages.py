@@ -16,6 +16,8 @@ from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.resnet import ResidualNetwork
 from loft_hpc.training.buffers import Layout
 
+Shape = tuple[int, int, int]
+
 _BY_HAND = r"\d{1,9}(,\d{1,9})*"
 
 
@@ -93,6 +95,11 @@ class Part:
     @property
     def ends(self) -> bool:
         return self.last == self.blocks
+
+    def borders(self, outputs: Sequence[Shape]) -> tuple[Shape | None, Shape | None]:
+        """(C, H, W) of one image where it comes from the stage before and where it goes to the next one (None at the network's ends), out
+        of what every block hands over."""
+        return None if self.begins else outputs[self.first - 2], None if self.ends else outputs[self.last - 1]
 
     def parameters(self, shapes: Mapping[str, tuple[int, ...]], architecture: Architecture) -> Layout:
         """The layout of this part's parameters, out of the full network's shapes."""

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,7 @@ from torch import Tensor
 
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.errors import LoftError
-from loft_hpc.runs.files import publish_folder, read_json, read_tensors, write_json, write_tensors
-
-KEPT = 2
+from loft_hpc.files import publish_folder, read_json, read_tensors, write_json, write_tensors
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,13 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """RUN/checkpoints: one folder for each, named by its step; the last few are kept."""
+    """RUN/checkpoints: one folder for each, named by its step."""
 
     def __init__(self, folder: Path):
         self._folder = folder
 
-    def write(self, checkpoint: Checkpoint) -> None:
-        """checkpoints/NNNNNN, complete or not there at all; older ones than the last few are removed."""
+    def write(self, checkpoint: Checkpoint, keep: int) -> None:
+        """checkpoints/NNNNNN, complete or not there at all; of all only the newest `keep` stay."""
         temporary = self._folder / f".{checkpoint.step:06d}.{os.getpid()}"
         write_tensors(temporary / "state.safetensors", checkpoint.tensors)
         progress = {"step": checkpoint.step, "ledgers": [ledger.to_json() for ledger in checkpoint.ledgers], **checkpoint.progress}
@@ -44,22 +43,26 @@ class Checkpoints:
         if final.exists():
             shutil.rmtree(final)
         publish_folder(temporary, final)
-        for old in self._complete()[:-KEPT]:
+        for old in self._complete()[:-keep]:
             shutil.rmtree(old, ignore_errors=True)  # a network file system may keep a file that somebody still reads
 
-    def newest_step(self) -> int | None:
+    def newest_step(self, fell_back: Callable[[str], None]) -> int | None:
         """Step of the newest checkpoint that is whole; None for a run that was ended before its first.
 
-        Raises LoftError if all are broken. What a killed writer left half done is removed.
+        `fell_back` is told of newer ones that are broken. Raises LoftError if all are. What a killed writer left half done is removed.
         """
         for leftover in self._folder.glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
         problem = None
         for folder in reversed(self._complete()):
             try:
-                return self.read(int(folder.name)).step
+                step = self.read(int(folder.name)).step
             except LoftError as error:
-                problem = error
+                problem = problem or error
+            else:
+                if problem:
+                    fell_back(str(problem))
+                return step
         if problem:
             raise LoftError(f"nothing to resume from: {problem}")
         return None
@@ -85,7 +88,7 @@ def _sensible(progress: dict, step: int) -> bool:
     """Whether the counters are such as a training of so many steps leaves."""
     so_far = progress.get("epoch_so_far", {"first_step": step, "losses": [0.0], "exchange_seconds": 0.0, "seconds": 0.0})
     numbers = [progress.get("wall_seconds", 0.0), so_far["exchange_seconds"], so_far["seconds"], *so_far["losses"]]
-    counts = [progress.get("round", 0), so_far["first_step"]]
+    counts = [progress.get("round", 0), so_far["first_step"], *progress.get("interrupted_at_steps", [])]
     return (
         bool(so_far["losses"])
         and all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers)

@@ -18,10 +18,10 @@ from torch import Tensor
 import loft_hpc
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.errors import Interrupted, LoftError
+from loft_hpc.files import open_plain, read_json, read_tensors, refuse_links_outside, write_atomically, write_json, write_tensors
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.runs import lock
 from loft_hpc.runs.checkpoints import Checkpoints
-from loft_hpc.runs.files import open_plain, read_json, read_tensors, refuse_links_outside, write_atomically, write_json, write_tensors
 from loft_hpc.runs.snapshots import Snapshots
 
 Value = TypeVar("Value")
@@ -110,7 +110,8 @@ class Run:
         run = cls.open(path)
         for name in ("failure", "interrupted_at_step"):
             run.description.pop(name, None)
-        leg = {"at": _now(), "world_size": details["world_size"], "host": platform.node()}
+        sizes = {"ranks_before": run.description.get("world_size"), "world_size": details["world_size"]}
+        leg = {"at": _now(), **sizes, "host": platform.node()}
         own = {name: details[name] for name in ("world_size", "placement")}
         run._update(status="running", ended=None, resumed=[*(run.description.get("resumed") or []), leg], **own)
         return run
@@ -158,6 +159,18 @@ class Run:
         if not isinstance(how, str) or not re.fullmatch(r"[a-z-]{1,32}", how):
             raise LoftError(f"{self.path / 'run.json'} does not say its strategy: restore it or make the run anew")
         return f"{how}+{self.required('world_size', int)}"
+
+    @property
+    def other_sizes(self) -> bool:
+        """Whether it went on with another number of ranks than it had before."""
+        legs = self.description.get("resumed") or []
+        return any(isinstance(leg, dict) and leg.get("ranks_before", leg.get("world_size")) != leg.get("world_size") for leg in legs)
+
+    @property
+    def interrupted_at_steps(self) -> list[int]:
+        """Steps after which a finished run wrote a checkpoint because it was told to end."""
+        steps = (self.description.get("results") or {}).get("interrupted_at_steps", [])
+        return [step for step in steps if type(step) is int] if isinstance(steps, list) else []
 
     @property
     def accuracy(self) -> float:

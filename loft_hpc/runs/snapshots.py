@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from loft_hpc.errors import LoftError
+from loft_hpc.files import read_tensors, write_tensors
 from loft_hpc.models.scores import CRITERIA, Scores
-from loft_hpc.runs.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from loft_hpc.runs.run import Run

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from loft_hpc.errors import LoftError
+from loft_hpc.files import checksum, publish_folder, read_json, read_tensors, write_json, write_tensors
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups, slice_state
-from loft_hpc.runs.files import checksum, publish_folder, read_json, read_tensors, write_json, write_tensors
 
 
 @dataclass(frozen=True)

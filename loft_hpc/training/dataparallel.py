@@ -16,7 +16,7 @@ from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.settings import Optimisation
-from loft_hpc.training.strategy import Advance, Strategy, refuse_other_network
+from loft_hpc.training.strategy import Advance, Strategy, bits, refuse_other_network, summed
 from loft_hpc.training.trainer import Trainer
 
 STRETCH_STEPS = 8
@@ -50,14 +50,15 @@ class DataParallel(Strategy):
         steps = min(STRETCH_STEPS, (limit or self.total_steps) - self._step, self.total_steps - self._step)
         self._exchange_seconds = 0.0
         losses = self._trainer.steps(
-            self._data.train_batches(self._order, self._step, steps),
+            self._world.paced(self._data.train_batches(self._order, self._step, steps)),
             self._step,
             global_batch=self._order.batch_size,
             combine_gradients=self._sum_gradients,
         )
+        total, diverged_at = summed(losses, self._step)
         self._step += steps
         # A rank's loss is divided by the global batch: times the ranks it is a mean again.
-        return Advance(self._step, float(losses) * self._world.size / steps, self._exchange_seconds)
+        return Advance(self._step, total * self._world.size / steps, self._exchange_seconds, diverged_at=diverged_at)
 
     def _sum_gradients(self) -> None:
         start = time.perf_counter()
@@ -69,6 +70,9 @@ class DataParallel(Strategy):
 
     def filter_scores(self) -> dict[str, Tensor]:
         return filter_scores(self._buffer.views, self._groups)
+
+    def digest(self) -> int:
+        return bits(self._buffer.values) + bits(self._buffer.momentum)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
         momentum = self._buffer.layout.views(self._buffer.momentum)

@@ -70,7 +70,7 @@ def reestimate_statistics(network: nn.Module, data: DataSet, settings: Evaluatio
         norm.momentum, norm.track_running_stats = None, True  # None: the plain average over the batches seen
     network.train()
     seen = 0
-    for images, _ in data.calibration_batches(settings.statistics_batches, settings.statistics_batch, world.rank, world.size):
+    for images, _ in world.paced(data.calibration_batches(settings.statistics_batches, settings.statistics_batch, world.rank, world.size)):
         network(images)
         seen += 1
     statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
@@ -90,7 +90,7 @@ def score(network: nn.Module, data: DataSet, settings: Evaluation, world: World)
     device = next(network.parameters()).device
     network.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in data.test_batches(settings.evaluation_batch, world.rank, world.size):
+    for images, labels in world.paced(data.test_batches(settings.evaluation_batch, world.rank, world.size)):
         output = network(images)
         loss = F.cross_entropy(output, labels, reduction="sum")
         sums += torch.stack([(output.argmax(1) == labels).sum().double(), torch.tensor(float(len(labels))).to(loss.device), loss.double()])

@@ -3,13 +3,13 @@
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 """USR1 is what slurm/*.sh ask Slurm to send, and what mpirun passes on; TERM is followed by KILL within moments under mpirun, but not
-under srun."""
+under srun; INT is Ctrl-C of somebody who runs a training without mpirun."""
 
 
 class Interruption:
-    """For the length of a `with`, the signals are noted in place of ending the process."""
+    """For the length of a `with`, the signals are noted in place of ending the process. A second Ctrl-C ends it all the same."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -25,4 +25,6 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
         self.requested = True

@@ -83,6 +83,40 @@ class Snapshots:
 
 
 @dataclass(frozen=True)
+class Checkpointing:
+    """When everything is written down that a run goes on from, besides the end and being told to end. What is learnt does not depend on it."""
+
+    checkpoint_every: str = "1ep"
+    """Between two checkpoints, as in `1ep` or `200it`; `0` for none but at the end and when told to end. Where a worker's shared
+    parameters are its own for some rounds, the next round that averages them."""
+    keep_checkpoints: int = 2
+    """How many are kept: the newest, and earlier ones to fall back on."""
+
+    def __post_init__(self):
+        Interval.parse(self.checkpoint_every, "--checkpoint-every")
+        if self.keep_checkpoints < 1:
+            raise LoftError("--keep-checkpoints must be at least 1", usage=True)
+
+    @property
+    def every(self) -> Interval:
+        return Interval.parse(self.checkpoint_every, "--checkpoint-every")
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How a running job is looked after. Decides nothing of what is learnt, and may be another one when a run goes on."""
+
+    stall_seconds: float = 300.0
+    """Seconds without a sign of life from a rank, or without its getting on by a batch or a message, after which the job is ended; 0: never."""
+    check_ranks: bool = False
+    """After every round (or few steps), compare a hash of what all ranks should hold alike."""
+
+    def __post_init__(self):
+        if not math.isfinite(self.stall_seconds) or self.stall_seconds < 0:
+            raise LoftError(f"--stall-seconds {self.stall_seconds} must be a number from 0 on", usage=True)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How a network is judged."""
 

@@ -1,5 +1,6 @@
 """What every way of training a network over the ranks offers to the session that runs it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,19 @@ class Advance:
     """Wall time of this rank in collectives and in unpacking them, or in waiting for messages."""
     rounds: int | None = None
     """Rounds done so far, where the strategy has rounds."""
+    diverged_at: int | None = None
+    """The first step (from 1) of this stretch whose loss was no finite number; None where all were."""
+
+
+def summed(losses: Tensor, first_step: int) -> tuple[float, int | None]:
+    """Sum of the (steps,) losses of the steps from `first_step` (counted from 0) on, and `Advance.diverged_at` for them."""
+    values = losses.tolist()  # one wait for the device
+    return sum(values), next((step for step, loss in enumerate(values, start=first_step + 1) if not math.isfinite(loss)), None)
+
+
+def bits(tensor: Tensor) -> int:
+    """A sum over the bits of a float32 tensor, which any single change alters."""
+    return int(tensor.reshape(-1).view(torch.int32).sum(dtype=torch.int64))
 
 
 def refuse_other_network(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -63,6 +77,8 @@ class Strategy(ABC):
     """Whether a checkpoint of another number of ranks can be gone on with."""
     batch_images: int
     """Images that this rank sees in a step."""
+    expected_rounds: int = 0
+    """Rounds in the whole training, where the strategy has rounds."""
 
     @property
     def settled(self) -> bool:
@@ -83,6 +99,10 @@ class Strategy(ABC):
     @abstractmethod
     def filter_scores(self) -> dict[str, Tensor]:
         """What the hidden filters are ranked by (models/scores.py), the same on every rank, without putting the network together."""
+
+    @abstractmethod
+    def digest(self) -> int:
+        """Of what all ranks must have alike just now, to the last bit: any number; 0 where there is nothing of the kind."""
 
     @abstractmethod
     def checkpoint(self) -> tuple[dict[str, Tensor], dict]:

@@ -82,12 +82,12 @@ class Trainer:
         global_batch: int | None = None,
         combine_gradients: Callable[[], None] | None = None,
     ) -> Tensor:
-        """One SGD step on each batch, `first_step` being the first one's number; returns the sum of the steps' losses (a scalar).
+        """One SGD step on each batch, `first_step` being the first one's number; returns their losses, (steps,).
 
         With `global_batch`, a batch is this rank's part of one of that size: its loss is divided by the whole batch's size, and
         `combine_gradients` sums the gradients over the ranks before each step.
         """
-        total = torch.zeros((), device=self._device)
+        losses = []
         for step, (images, labels) in enumerate(batches, start=first_step):
             self._sgd.zero_gradients()
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self._autocast):
@@ -97,5 +97,5 @@ class Trainer:
             if combine_gradients:
                 combine_gradients()
             self._sgd.step(step)
-            total += loss.detach()
-        return total
+            losses.append(loss.detach())
+        return torch.stack(losses)

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from loft_hpc.models.scores import Scores
 from loft_hpc.training.evaluation import Score
+from loft_hpc.training.interruption import Interruption
+from loft_hpc.training.settings import Supervision
 
 
 class Watcher(Protocol):
@@ -20,6 +22,17 @@ class Watcher(Protocol):
     def stopped(self, epoch: float, epochs: int) -> None: ...
 
     def other_world_size(self, before: int, now: int) -> None: ...
+
+    def fell_back(self, problem: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Oversight:
+    """Who looks on and looks after a training, from outside of it."""
+
+    watcher: Watcher
+    interruption: Interruption
+    supervision: Supervision
 
 
 @dataclass(frozen=True)

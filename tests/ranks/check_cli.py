@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from loft_hpc.cli.main import run
+from loft_hpc.files import read_tensors, write_tensors
 from loft_hpc.models.groups import filter_groups, mask_state
 from loft_hpc.models.resnet import build
-from loft_hpc.runs.files import read_tensors, write_tensors
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets.ticket import Ticket
 
