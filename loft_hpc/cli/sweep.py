@@ -25,7 +25,7 @@ from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings
 from loft_hpc.jobs.sweep import EVERY, Point, SweepSettings, sweep
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets.finders import Pruning
-from loft_hpc.training.settings import Computation, Evaluation, Optimisation, Snapshots, Supervision
+from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
 
 NEVER = 1_000_000
@@ -101,6 +101,7 @@ def command(
         "evaluation": fill(Evaluation, options | {"evaluate_every": NEVER}),
         "computation": fill(Computation, options),
         "snapshots": Snapshots(snapshot_every="0"),
+        "checkpoints": Checkpointing(),
     }
 
     def recipe(run: Run) -> RetrainSettings:
