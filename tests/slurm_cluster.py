@@ -150,14 +150,14 @@ class Cluster:
         out = self.run("sbatch", *arguments, cwd=cwd, environment=environment)
         return SlurmJob(self, int(re.search(r"Submitted batch job (\d+)", out)[1]), cwd)
 
-    def set_node(self, state: str) -> None:
-        """Tell the controller that the node is DOWN, or to RESUME it."""
-        self.run("scontrol", "update", f"NodeName={self.host}", f"State={state}", "Reason=test")
+    def lose_node(self) -> None:
+        """Make the controller take the node for lost, until it answers."""
+        self.run("scontrol", "update", f"NodeName={self.host}", "State=DOWN", "Reason=test")
 
     def cancel_all(self) -> None:
         """Empty the queue, and wait until the node is free."""
         self.run("scancel", "--user=root")
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while self.run("squeue", "--noheader"):
             assert time.monotonic() < end, self.run("squeue")
             time.sleep(0.2)
