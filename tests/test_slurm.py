@@ -12,7 +12,8 @@ import torch
 
 from loft_hpc.runs.files import read_json, read_tensors
 
-from slurm_cluster import CPUS, ENDED, Cluster, SlurmJob, available
+from slurm_cluster import CPUS, Cluster, available
+from slurm_job import ENDED, SlurmJob
 
 pytestmark = pytest.mark.slurm
 
