@@ -190,7 +190,7 @@ def test_a_cancelled_job_is_gone_and_can_be_gone_on_with(cluster, checkout, laun
     job.wait("checkpoint", lambda: any((run / "checkpoints").glob("0*")))
     cluster.run("scancel", str(job.number))
     job.wait("end of all processes", lambda: job.processes() == [], seconds=60)
-    assert job.state == "CANCELLED" and job.fields["Restarts"] == "0"
+    assert job.wait_for_end() == "CANCELLED" and job.fields["Restarts"] == "0"
     again = submit(cluster, checkout, LOFT_LAUNCHER=launcher, LOFT_OPTIONS=options, LOFT_RUN=str(run))
     again.wait("going on", lambda: "going on at step" in again.output)
 
