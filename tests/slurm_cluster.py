@@ -17,10 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from launching import LAUNCH_ENVIRONMENT
+from slurm_job import SlurmJob
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 CPUS = 4
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+_PREFIX = "loft-slurm-"
 
 # What a cluster has by default stays so, requeueing included. Two partitions, so that a job of one is preempted by a job of the other,
 # with two minutes' notice. Scheduling is quicker than usual, and a node has more CPUs than the machine.
@@ -76,7 +77,10 @@ class Cluster:
     """A running cluster, for the length of a `with`. Whatever its jobs have left behind is killed at the end."""
 
     def __enter__(self) -> "Cluster":
-        self.folder = Path(tempfile.mkdtemp(prefix="loft-slurm-"))  # short: Slurm puts sockets there, whose paths may have 107 bytes
+        _remove_leftovers()
+        self.folder = Path(
+            tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
+        )  # short: Slurm puts sockets there, whose paths may have 107 bytes
         self.host = socket.gethostname().split(".")[0]
         self._daemons: list[subprocess.Popen] = []
         self.environment = _clean_environment() | LAUNCH_ENVIRONMENT | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path()}
@@ -150,88 +154,21 @@ class Cluster:
         out = self.run("sbatch", *arguments, cwd=cwd, environment=environment)
         return SlurmJob(self, int(re.search(r"Submitted batch job (\d+)", out)[1]), cwd)
 
-    def set_node(self, state: str) -> None:
-        """Tell the controller that the node is DOWN, or to RESUME it."""
-        self.run("scontrol", "update", f"NodeName={self.host}", f"State={state}", "Reason=test")
+    def lose_node(self) -> None:
+        """Make the controller take the node for lost, until it answers."""
+        self.run("scontrol", "update", f"NodeName={self.host}", "State=DOWN", "Reason=test")
 
     def cancel_all(self) -> None:
         """Empty the queue, and wait until the node is free."""
         self.run("scancel", "--user=root")
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while self.run("squeue", "--noheader"):
             assert time.monotonic() < end, self.run("squeue")
             time.sleep(0.2)
 
-    def processes(self) -> list[int]:
-        """Everything that runs in this cluster: its daemons, their helpers, and what the jobs have started."""
-        mark = f"SLURM_CONF={self.folder}/slurm.conf".encode()
-        found = []
-        for folder in Path("/proc").iterdir():
-            with suppress(OSError):
-                if folder.name.isdigit() and mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-        return found
-
-
-class SlurmJob:
-    """A job that was submitted."""
-
-    def __init__(self, cluster: Cluster, number: int, cwd: Path):
-        self._cluster, self.number, self._cwd = cluster, number, cwd
-
-    @property
-    def fields(self) -> dict[str, str]:
-        """What `scontrol show job` says: JobState, Restarts, ExitCode and so on."""
-        words = self._cluster.run("scontrol", "show", "job", "--oneliner", str(self.number)).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
-
-    @property
-    def state(self) -> str:
-        return self.fields["JobState"]
-
-    @property
-    def output(self) -> str:
-        """What the job has printed so far."""
-        return "".join(file.read_text() for file in self._cwd.glob(f"*-{self.number}.out"))
-
-    def processes(self) -> list[int]:
-        """What the job has running: batch shell, launcher, ranks."""
-        mark = f"SLURM_JOB_ID={self.number}".encode()
-        found = []
-        for pid in self._cluster.processes():
-            with suppress(OSError):
-                if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                    found.append(pid)
-        return found
-
-    def wait(self, what: str, there: Callable[[], bool], seconds: float = 240) -> None:
-        """Wait for something to become true. Raises AssertionError, with what the job printed, after `seconds`."""
-        end = time.monotonic() + seconds
-        while not there():
-            fields = self.fields
-            assert time.monotonic() < end, f"no {what} within {seconds} s\n{fields}\n{self.output}"
-            time.sleep(0.2)
-
-    def wait_for_state(self, *states: str, seconds: float = 240) -> str:
-        self.wait(" or ".join(states), lambda: self.state in states, seconds)
-        return self.state
-
-    def wait_for_end(self, seconds: float = 400) -> str:
-        """The state in which the job ended for good."""
-        return self.wait_for_state(*ENDED, seconds=seconds)
-
-    def warn(self) -> None:
-        """Send what `#SBATCH --signal=B:USR1@N` sends, the way that it takes."""
-        self._cluster.run("scancel", "--batch", "--signal=USR1", str(self.number))
-
-    def restart(self) -> None:
-        """Start a job that was requeued, which Slurm holds back for two minutes."""
-        self.wait_for_state("PENDING")
-        spool = self._cluster.folder / "spool"
-        self.wait("end of the old start's steps", lambda: not any(spool.glob(f"*[._]{self.number}.*")))
-        time.sleep(3)  # sooner, the job's credential is refused
-        self._cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
-        self.wait_for_state("RUNNING", *ENDED)
+    def processes(self, *marks: str) -> list[int]:
+        """Everything that runs in this cluster, its daemons included; or what has the `marks` in its environment as well."""
+        return _marked(f"SLURM_CONF={self.folder}/slurm.conf", *marks)
 
 
 def _kill(processes: Callable[[], list[int]]) -> None:
@@ -243,6 +180,24 @@ def _kill(processes: Callable[[], list[int]]) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _marked(*marks: str) -> list[int]:
+    """Processes that have all these variables in their environment, each given as NAME=VALUE."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError):  # it has ended meanwhile
+            if folder.name.isdigit() and {mark.encode() for mark in marks} <= set((folder / "environ").read_bytes().split(b"\0")):
+                found.append(int(folder.name))
+    return found
+
+
+def _remove_leftovers() -> None:
+    """Remove clusters of tests that were killed before they could clean up."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        if not Path("/proc", folder.name.removeprefix(_PREFIX).partition("-")[0]).exists():
+            _kill(lambda folder=folder: _marked(f"SLURM_CONF={folder}/slurm.conf"))
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _free_ports(count: int) -> list[int]:
