@@ -18,6 +18,7 @@ from mpi4py import MPI
 
 from loft_hpc.comm.world import start
 from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES, AllToAllExchange, full_layout
+from loft_hpc.filterwise.gpu_exchange import exchange_class
 from loft_hpc.filterwise.partition import deal
 from loft_hpc.filterwise.subnetwork import SubNetwork
 from loft_hpc.models.architecture import MODEL_NAMES, architecture
@@ -87,8 +88,11 @@ class Idle:
 @click.option("--partition", "rule", type=click.Choice(PARTITION_RULES), default="paper", show_default=True)
 @click.option("--transport-dtype", "transport", type=click.Choice(list(TRANSPORT_DTYPES)), default="float32", show_default=True)
 @click.option("--average-every", type=click.IntRange(1), default=1, show_default=True, help="Times are then means over so many rounds.")
+@click.option("--gpu-kernels", is_flag=True, help="Pick filters as on a GPU (here on a CPU: says nothing about a GPU's time).")
 @click.option("--repetitions", type=click.IntRange(3), default=31, show_default=True)
-def main(model: str, widen: float | None, kind: str, rule: str, transport: str, average_every: int, repetitions: int) -> None:
+def main(
+    model: str, widen: float | None, kind: str, rule: str, transport: str, average_every: int, gpu_kernels: bool, repetitions: int
+) -> None:
     world = start()
     device, _ = place("cpu", "float32", world)
     network = architecture(model, 10, widen=widen)
@@ -96,7 +100,7 @@ def main(model: str, widen: float | None, kind: str, rule: str, transport: str, 
     initial = {name: parameter.detach() for name, parameter in build(network, seed=0).named_parameters()}
     sub = SubNetwork(network, groups, world.rank, world.size, device, momentum_travels=False)
     dtype = TRANSPORT_DTYPES[transport]
-    exchange = EXCHANGES[kind](sub, full_layout(initial, sub), groups, world, dtype)
+    exchange = exchange_class(kind, gpu_kernels)(sub, full_layout(initial, sub), groups, world, dtype)
     deals = [deal(groups, world.size, 0, number) for number in range(repetitions * average_every + 2)]
     rounded = {name: tensor.to(dtype).float() if name in sub.partitioned.views else tensor for name, tensor in initial.items()}
     sub.load(rounded, deals[0][world.rank])

@@ -23,22 +23,19 @@ class Exchange(ABC):
 
     After it, this rank's partitioned parameters are those of the new deal and the shared ones are averaged. How the filters get there
     does not change what is learnt: every exchange gives bitwise the same training.
-
-    `on_gpu`: whether to work as suits a GPU; by default where the buffers lie on one.
     """
 
-    def __init__(
-        self, sub: SubNetwork, full: Layout, groups: Sequence[FilterGroup], world: World, transport: torch.dtype,
-        on_gpu: bool | None = None,
-    ):  # fmt: skip
-        on_gpu = sub.shared.content.is_cuda if on_gpu is None else on_gpu
+    on_gpu = False
+    """Whether it works as suits a GPU (loft_hpc.filterwise.gpu_exchange)."""
+
+    def __init__(self, sub: SubNetwork, full: Layout, groups: Sequence[FilterGroup], world: World, transport: torch.dtype):
         self._sub = sub
         self._full = full
         self._groups = groups
         self._world = world
         self._transport = transport
         self._copies = 2 if sub.momentum_travels else 1
-        self.averaging = Averaging(sub.shared.content, world, transport, on_gpu)
+        self.averaging = Averaging(sub.shared.content, world, transport, self.on_gpu)
         self._layouts = partitioned_layouts(full, groups, world.size)
         self._counts = [layout.numel * self._copies for layout in self._layouts]
 
@@ -132,9 +129,12 @@ class AllGatherExchange(Exchange):
             self._gathered.copy_(self._incoming)
             start = sum(self._counts[: self._world.rank])
             self._gathered[start : start + self._counts[self._world.rank]].copy_(self._sub.partitioned.content)
+        self._fill(old, new)
+        self._gathered_deal = old
+
+    def _fill(self, old: Deal, new: Deal) -> None:
         for copy, views in enumerate(self._own_views()):
             collect(views, new[self._world.rank], self._holdings(old, copy), self._groups)
-        self._gathered_deal = old
 
     def merge(self, deal: Deal, momentum: bool = False) -> dict[str, Tensor]:
         """As above; without any message where the gathered buffer is what everybody has, to the last bit."""
@@ -157,8 +157,11 @@ class AllToAllExchange(Exchange):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        self._exact = self._transport == self._sub.partitioned.content.dtype
+        self._allocate()
+
+    def _allocate(self) -> None:
         own = self._sub.partitioned.content
-        self._exact = self._transport == own.dtype
         # At most everything that a rank holds is replaced.
         self._leaves = torch.zeros_like(own, dtype=self._transport)
         self._arrives = torch.zeros_like(own, dtype=self._transport)
@@ -179,6 +182,11 @@ class AllToAllExchange(Exchange):
             for copy in range(self._copies):
                 mine = self._sub.partitioned.layout.views(_copy_of(_movable(source), copy, self._copies))
                 collect(layout.views(_copy_of(_movable(piece), copy, self._copies)), hand, [Holding(mine, old[rank])], self._groups)
+        self._expect(old, new)
+
+    def _expect(self, old: Deal, new: Deal) -> None:
+        """How what arrives will be laid out."""
+        rank = self._world.rank
         self._arrivals = arriving(old, new, rank, self._groups)
         self._arrival_layouts = self._layouts_of(self._arrivals)
         self.received_counts = self._sizes(self._arrival_layouts)

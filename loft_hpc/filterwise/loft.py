@@ -12,6 +12,7 @@ from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES, full_layout
+from loft_hpc.filterwise.gpu_exchange import exchange_class
 from loft_hpc.filterwise.partition import check_workers, deal
 from loft_hpc.filterwise.subnetwork import SubNetwork
 from loft_hpc.models.architecture import Architecture
@@ -97,7 +98,9 @@ class Loft(Strategy):
         self._trainer = Trainer(self._sub.network, (self._sub.shared, self._sub.partitioned), optimisation, total_steps, precision)
         self._full = full_layout(initial, self._sub)
         transport = TRANSPORT_DTYPES[settings.transport_dtype]
-        self._exchange = EXCHANGES[settings.exchange](self._sub, self._full, self.groups, world, transport)
+        self._exchange = exchange_class(settings.exchange, device.type == "cuda" and world.size > 1)(
+            self._sub, self._full, self.groups, world, transport
+        )
         self._deal = deal(self.groups, world.size, seed, 0)
         # The full state, until the next round makes it the past.
         self._whole: State | None = self._broadcast(initial)

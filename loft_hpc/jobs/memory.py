@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from loft_hpc.analysis.memory import Activations, activations, storage_bytes
 from loft_hpc.data.registry import DataShape
-from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES, full_layout
+from loft_hpc.filterwise.exchange import TRANSPORT_DTYPES, full_layout
+from loft_hpc.filterwise.gpu_exchange import exchange_class
 from loft_hpc.filterwise.subnetwork import SubNetwork
 from loft_hpc.jobs.pretrain import PretrainSettings
 from loft_hpc.models.architecture import Architecture
@@ -92,14 +93,15 @@ def loft_buffers(
     sub = SubNetwork(network, groups, rank, workers, META, momentum_travels=_momentum_lasts(settings, workers))
     full = full_layout(_parameters(_full(network)), sub)
     transport = TRANSPORT_DTYPES[settings.loft.transport_dtype]
-    exchange = EXCHANGES[settings.loft.exchange](sub, full, groups, _Seat(rank, workers), transport, on_gpu)
+    on_gpu = on_gpu and workers > 1
+    exchange = exchange_class(settings.loft.exchange, on_gpu)(sub, full, groups, _Seat(rank, workers), transport)
     own = (sub.shared, sub.partitioned)
     known = [buffer.content for buffer in own]
     return (
         Buffers(
             **_own(own),
             statistics=storage_bytes(sub.network.buffers()),
-            exchange=storage_bytes(_tensors(exchange), known),
+            exchange=storage_bytes(_tensors(exchange), known) + (exchange.addresses.table_bytes if on_gpu else 0),
             averaging=storage_bytes(_tensors(exchange.averaging), known),
         ),
         sub,

@@ -14,14 +14,19 @@ class Layout:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
         self.shapes = dict(shapes)
-        self.numel = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        self.offsets: dict[str, int] = {}
+        """Where each tensor begins."""
+        self.numel = 0
+        for name, shape in self.shapes.items():
+            self.offsets[name] = self.numel
+            self.numel += torch.Size(shape).numel()
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The named tensors inside a flat (numel,) tensor; writing to one writes to the buffer."""
-        views, offset = {}, 0
+        views = {}
         for name, shape in self.shapes.items():
+            offset = self.offsets[name]
             piece = flat[offset : offset + torch.Size(shape).numel()]
-            offset += piece.numel()
             if len(shape) == 4:
                 out, inner, height, width = shape
                 views[name] = piece.view(out, height, width, inner).permute(0, 3, 1, 2)

@@ -15,10 +15,14 @@ from loft_hpc.comm.ledger import Ledger
 from loft_hpc.data.embedded import digits
 from loft_hpc.data.order import Order
 from loft_hpc.data.registry import DataSettings, known_shape
+from loft_hpc.filterwise.exchange import TRANSPORT_DTYPES, full_layout
+from loft_hpc.filterwise.gpu_exchange import exchange_class
 from loft_hpc.filterwise.loft import LoftSettings
+from loft_hpc.filterwise.subnetwork import SubNetwork
 from loft_hpc.jobs.memory import RankMemory, data_parallel_buffers, loft_buffers, rank_memories, stage_buffers
 from loft_hpc.jobs.prediction import course
 from loft_hpc.jobs.pretrain import PretrainSettings
+from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.pipeline.gpipe import PipelineSettings
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.settings import Optimisation
@@ -88,6 +92,19 @@ def test_loft_holds_what_was_counted(world, loft):
     )
     every = world.gather_objects(buffers.total)
     assert max(every) == every[0]
+
+
+@LOFT
+def test_loft_on_a_gpu_holds_what_was_counted(world, loft):
+    """The buffers that go with a GPU's exchange, here of CPU tensors."""
+    if world.size == 1:
+        pytest.skip("one rank exchanges nothing")
+    groups = partitioned_groups(filter_groups(tiny()), loft.partition)
+    sub = SubNetwork(tiny(), groups, world.rank, world.size, CPU, loft.momentum_across_rounds == "carry")
+    transport = TRANSPORT_DTYPES[loft.transport_dtype]
+    exchange = exchange_class(loft.exchange, True)(sub, full_layout(initial_state(tiny()), sub), groups, world, transport)
+    buffers, _ = loft_buffers(settings_for("loft", loft=loft), tiny(), world.size, True, world.rank)
+    assert storage_bytes(tensors_of([sub, exchange], {})) == buffers.total
 
 
 def test_data_parallel_holds_what_was_counted(world):
