@@ -40,6 +40,14 @@ def start_training(ranks: int, path: Path, *options: str, until: str = "round", 
     return process
 
 
+def wait_for_checkpoint(process: subprocess.Popen, path: Path) -> subprocess.Popen:
+    """The training, once there is a checkpoint to go on from."""
+    while not list((path / "checkpoints").glob("0*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return process
+
+
 def rank_processes(process: subprocess.Popen) -> list[int]:
     """Process numbers of the ranks, by rank."""
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -190,9 +198,7 @@ def test_more_ranks_than_filters(tmp_path):
 
 
 def test_interrupted_training_can_be_resumed(tmp_path):
-    process = start_training(2, tmp_path / "run")
-    while not list((tmp_path / "run" / "checkpoints").glob("0*")):
-        time.sleep(0.2)
+    process = wait_for_checkpoint(start_training(2, tmp_path / "run"), tmp_path / "run")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode != 0
@@ -207,9 +213,8 @@ def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(tmp_path, after):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert loft("pretrain", *options, "--run", whole, ranks=2).code == 0
     process = start_training(2, broken, *options)
-    while after == "first checkpoint" and not list((broken / "checkpoints").glob("0*")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    if after == "first checkpoint":
+        wait_for_checkpoint(process, broken)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (broken / "model.safetensors").exists()

@@ -42,7 +42,7 @@ def whole(tmp_path_factory):
 def test_a_warning_ends_all_ranks_at_one_step_and_nothing_is_lost(tmp_path, whole, strategy, moment):
     """USR1, as Slurm sends it before a preemption: a checkpoint, exit code 85, and a resumed run that ends as an undisturbed one."""
     path = tmp_path / "run"
-    until = "round" if strategy.startswith("loft") else "snapshot"
+    until = "round" if strategy.startswith("loft") else "epoch"
     process = start_training(4, path, *SMALL, *STRATEGIES[strategy], until=until)
     time.sleep(moment)
     process.send_signal(signal.SIGUSR1)

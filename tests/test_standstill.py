@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import loft_hpc
 from loft_hpc.runs.run import Run
 
 from launching import launch, loft, told
-from test_faults import FAULTS, FAULTY, LONG, alive, rank_processes, start_training
+from test_faults import FAULTS, FAULTY, LONG, alive, rank_processes, start_training, wait_for_checkpoint
 
 sys.path.insert(0, str(FAULTS))
 from faulty import EXCEPTION
@@ -44,7 +45,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named(tmp_path, strategy, victim):
     """SIGSTOP, as a machine that swaps, a link that is down or a debugger: MPI and Horovod wait for ever."""
     own = CHECKPOINTS if strategy == "loft" else ("--split", "balanced")
     options = (*LONG[1:], "--strategy", strategy, *own, "--stall-seconds", "4")
-    process = start_training(3, tmp_path / "run", *options, until="epoch")
+    process = wait_for_checkpoint(start_training(3, tmp_path / "run", *options, until="epoch"), tmp_path / "run")
     pids = rank_processes(process)
     os.kill(pids[victim], signal.SIGSTOP)
     lines = lines_of(end_of(process, pids))
@@ -71,7 +72,7 @@ def test_a_rank_that_does_not_get_on_is_named_with_its_place(tmp_path):
 
 
 def test_an_exception_on_one_rank_ends_the_job_with_all_that_helps_to_find_it(tmp_path):
-    process = start_training(3, tmp_path / "run", *LONG[1:], *CHECKPOINTS, until="ledger", command=FAULTY)
+    process = wait_for_checkpoint(start_training(3, tmp_path / "run", *LONG[1:], *CHECKPOINTS, command=FAULTY), tmp_path / "run")
     pids = rank_processes(process)
     os.kill(pids[1], EXCEPTION)
     err = end_of(process, pids)
@@ -80,7 +81,7 @@ def test_an_exception_on_one_rank_ends_the_job_with_all_that_helps_to_find_it(tm
 
 
 def test_a_rank_without_memory_ends_the_job(tmp_path):
-    process = start_training(2, tmp_path / "run", *LONG[1:], *CHECKPOINTS, until="ledger")
+    process = wait_for_checkpoint(start_training(2, tmp_path / "run", *LONG[1:], *CHECKPOINTS), tmp_path / "run")
     pids = rank_processes(process)
     used = int(Path(f"/proc/{pids[1]}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.prlimit(pids[1], resource.RLIMIT_AS, (used, used))
@@ -157,7 +158,9 @@ def test_other_images_on_one_rank_are_found_at_the_start(tmp_path, monkeypatch):
     shutil.copytree(source, other, symlinks=True)
     shutil.copy(other / "data" / "grass.png", other / "data" / "gravel.png")
     common = ["loft", "pretrain", "--model", "resnet20", "--epochs", "1", "--dataset", "textures", "--run", str(tmp_path / "run")]
-    result = launch(1, *common, ":", "-np", "1", "env", f"PYTHONPATH={other.parent}", *common, seconds=120)
+    result = launch(
+        1, *common, ":", "-np", "1", "env", f"PYTHONPATH={other.parent}:{os.environ.get('PYTHONPATH', '')}", *common, seconds=120
+    )
     assert result.code != 0
     (line,) = told(result)
     assert "the images of textures, SHA-256" in line, line
@@ -166,9 +169,7 @@ def test_other_images_on_one_rank_are_found_at_the_start(tmp_path, monkeypatch):
 
 def test_signs_of_life_do_not_end_a_job_that_slept_as_a_whole(tmp_path):
     """`scontrol suspend` stops all ranks, and lets them go on later."""
-    import time
-
-    process = start_training(3, tmp_path / "run", *LONG[1:], *CHECKPOINTS, "--stall-seconds", "4", until="ledger")
+    process = start_training(3, tmp_path / "run", *LONG[1:], *CHECKPOINTS, "--stall-seconds", "4")
     pids = rank_processes(process)
     try:
         for pid in pids:
