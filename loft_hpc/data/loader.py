@@ -118,12 +118,19 @@ class Loader:
     def batches(self, keys: Iterable[list[Key]]) -> Iterator[Batch]:
         """The images of each list of keys, (N, 3, size, size) float32 normalised and channels last, with labels, on the device.
 
-        Raises LoftError where an image cannot be read.
+        Raises LoftError where an image cannot be read, or where one of the processes was killed.
         """
         self._keys.source = keys
-        return (
-            _ahead(map(self._on_device, self._loader), self._device) if self._device.type == "cuda" else map(self._on_device, self._loader)
-        )
+        batches = map(self._on_device, self._read())
+        return _ahead(batches, self._device) if self._device.type == "cuda" else batches
+
+    def _read(self) -> Iterator[Batch | str]:
+        try:
+            yield from self._loader
+        except RuntimeError as problem:
+            if "DataLoader worker" not in str(problem):
+                raise
+            raise LoftError("a process that reads images was killed (out of memory?): lower --loader-workers") from None
 
     def _on_device(self, batch: Batch | str) -> Batch:
         if isinstance(batch, str):
