@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,14 @@ LAUNCH_ENVIRONMENT = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
 
+_FOLDERS = tempfile.TemporaryDirectory(prefix="loft-")
+
+
+def launch_environment() -> dict[str, str]:
+    """For one launch. An mpirun that is killed leaves its sockets in a folder named by its process number, over which a later one that
+    gets the same number would fall: each has a temporary folder of its own."""
+    return os.environ | LAUNCH_ENVIRONMENT | {"TMPDIR": tempfile.mkdtemp(dir=_FOLDERS.name)}
+
 
 @dataclass(frozen=True)
 class Launched:
@@ -28,7 +37,7 @@ def launch(ranks: int, *command: str, cwd: Path | None = None, seconds: float = 
     """Run a command under mpirun (ranks > 0) or by itself (0). One that takes longer fails the test in place of hanging it."""
     mpirun = ["mpirun", "-np", str(ranks)] if ranks else []
     process = subprocess.Popen(
-        [*mpirun, *command], cwd=cwd, env=os.environ | LAUNCH_ENVIRONMENT | (environment or {}), text=True,
+        [*mpirun, *command], cwd=cwd, env=launch_environment() | (environment or {}), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:

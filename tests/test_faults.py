@@ -14,7 +14,7 @@ import torch
 from loft_hpc.files import read_tensors
 from loft_hpc.runs.run import Run
 
-from launching import LAUNCH_ENVIRONMENT, launch, loft, told
+from launching import launch, launch_environment, loft, told
 
 # A training that would go on for minutes if nobody ended it.
 LONG = ("pretrain", "--model", "resnet20", "--epochs", "500")
@@ -28,7 +28,7 @@ FAULTY = (sys.executable, str(FAULTS / "faulty.py"))
 def start_training(ranks: int, path: Path, *options: str, until: str = "round", command: tuple[str, ...] = ("loft",)) -> subprocess.Popen:
     """Start a training, a long one by default, and wait until it has done a round (or has logged another event)."""
     process = subprocess.Popen(
-        ["mpirun", "-np", str(ranks), *command, *(("pretrain", *options) if options else LONG), "--run", str(path)], env=os.environ | LAUNCH_ENVIRONMENT, text=True,
+        ["mpirun", "-np", str(ranks), *command, *(("pretrain", *options) if options else LONG), "--run", str(path)], env=launch_environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     log, end = path / "metrics.jsonl", time.monotonic() + 120

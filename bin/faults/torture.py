@@ -31,8 +31,8 @@ HANG_SECONDS = 90
 START_SECONDS = 180
 FAULTS_OF_A_RUN = 5
 
-COMMON = ("--model", "resnet20", "--epochs", "3", "--batch-size", "32", "--statistics-batches", "2", "--snapshot-every", "40it",
-          "--checkpoint-every", "20it")  # fmt: skip
+COMMON = ("--model", "resnet20", "--widen", "0.5", "--epochs", "5", "--batch-size", "64", "--statistics-batches", "2", "--snapshot-every", "40it",
+          "--checkpoint-every", "10it")  # fmt: skip
 LOOKED_AFTER = ("--stall-seconds", str(STALL_SECONDS), "--check-ranks")
 STRATEGIES = {
     "loft": ("--local-iterations", "5"),
@@ -136,9 +136,11 @@ AFTERWARDS = ("", "", "torn checkpoint")
 
 def start(path: Path, options: tuple[str, ...], output: Path) -> subprocess.Popen:
     faulty = str(Path(__file__).with_name("faulty.py"))
+    # a killed mpirun leaves its sockets in a folder named by its process number, over which a later one of that number would fall
+    environment = os.environ | {"TMPDIR": tempfile.mkdtemp(dir=output.parent)}
     command = ["mpirun", "-np", str(RANKS), sys.executable, faulty, "pretrain", *options, *LOOKED_AFTER, "--run", str(path)]
     with open(output, "w") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
 def ranks_of(launcher: int) -> list[int]:
@@ -261,7 +263,7 @@ class Torture:
         process = start(path, options, output)
         self._until_it_trains(process, path)
         ranks = ranks_of(process.pid)
-        time.sleep(self.draw.uniform(0, 0.6 * self.leg_seconds[strategy]))
+        time.sleep(self.draw.uniform(0, 0.4 * self.leg_seconds[strategy]))
         if process.poll() is not None or len(ranks) < RANKS:
             process.wait()
             return False

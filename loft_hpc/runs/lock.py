@@ -24,9 +24,12 @@ class RunLock:
         self._handle: int | None = None
 
     def acquire(self) -> None:
-        """Raises LoftError, naming the owner, where another job holds it."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        """Raises LoftError, naming the owner, where another job holds it, or where the run's folder cannot be written."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as problem:
+            raise LoftError(f"{self._path.parent} cannot be written ({problem.strerror}): name another --run") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
