@@ -281,3 +281,12 @@ def test_folders_of_different_classes_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "bird" / "0.png")
     with pytest.raises(LoftError, match="different classes"):
         open_data(DataSettings("imagefolder", str(tmp_path)), CPU, Alone())
+
+
+def test_digits_are_those_that_scikit_learn_gives():
+    from sklearn.datasets import load_digits
+
+    from loft_hpc.data.embedded import _digits_table
+
+    source, table = load_digits(), _digits_table()
+    assert (table[:, :-1].reshape(-1, 8, 8) == source.images).all() and (table[:, -1] == source.target).all()

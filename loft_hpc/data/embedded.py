@@ -1,5 +1,7 @@
 """The data sets that need no download: real images that travel inside scikit-learn's and scikit-image's packages."""
 
+import gzip
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +31,28 @@ def digits(device: torch.device) -> TensorDataSet:
 
     The split is a fixed permutation. Pixels of 0 to 16 are scaled to mean 0 and standard deviation 1 over the whole set.
     """
-    from sklearn.datasets import load_digits
-
-    source = load_digits()
-    order = np.random.RandomState(0).permutation(len(source.images))
-    images = torch.from_numpy(source.images[order]).float().unsqueeze(1)
+    source = _digits_table()
+    source = source[np.random.RandomState(0).permutation(len(source))]
+    images = torch.from_numpy(source[:, :-1]).float().view(-1, 1, 8, 8)
     mean, deviation = 4.884, 6.017
     images = (images - mean) / deviation
-    labels = torch.from_numpy(source.target[order]).long()
+    labels = torch.from_numpy(source[:, -1]).long()
     train = images[:-DIGITS_TEST_IMAGES], labels[:-DIGITS_TEST_IMAGES]
     test = images[-DIGITS_TEST_IMAGES:], labels[-DIGITS_TEST_IMAGES:]
     # Handwriting mirrored is no digit, so no flip; one pixel of an 8x8 image is a shift as large as 4 of 32.
     return _in_memory("digits", 10, train, test, Augmentation(padding=1, flip=False, background=-mean / deviation), device)
+
+
+def _digits_table() -> np.ndarray:
+    """(1797, 65) pixels and label, from scikit-learn's own file: to import scikit-learn for it takes every rank more than a second."""
+    package = find_spec("sklearn")
+    try:
+        if package is None or package.origin is None:
+            raise OSError("it is not installed")
+        with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+            return np.loadtxt(file, delimiter=",")
+    except (OSError, ValueError) as problem:
+        raise LoftError(f"scikit-learn's digits cannot be read ({problem}): reinstall scikit-learn") from None
 
 
 def textures(device: torch.device, size: int = 32) -> TensorDataSet:
