@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 import torch
 
+from loft_hpc.errors import LoftError
 from loft_hpc.files import read_tensors
 from loft_hpc.runs.run import Run
 
@@ -171,6 +172,16 @@ def checkpoint_steps(path: Path) -> list[int]:
     return sorted(int(folder.name) for folder in (path / "checkpoints").glob("*") if folder.name.isdigit())
 
 
+def newest_whole(path: Path) -> int:
+    """The step of the newest checkpoint that can be read, -1 for none; looks at a run that is being written and touches nothing."""
+    for step in reversed(checkpoint_steps(path)):
+        try:
+            return Run.open(path).checkpoints.read(step).step
+        except LoftError:
+            continue
+    return -1
+
+
 def differences(path: Path, whole: Path) -> list[str]:
     """What of a run that was broken is not as in the one that was not."""
     found = []
@@ -268,7 +279,7 @@ class Torture:
             process.wait()
             return False
         victim = self.draw.randrange(RANKS)
-        seen, began = checkpoint_steps(path), time.monotonic()
+        seen, began = newest_whole(path), time.monotonic()
         FAULTS[fault](Leg(process, path, ranks), victim)
         try:
             process.wait(timeout=HANG_SECONDS)
@@ -294,14 +305,12 @@ class Torture:
         )
         return True
 
-    def _look(self, fault: str, strategy: str, path: Path, seen: list[int], code: int, said: str) -> None:
+    def _look(self, fault: str, strategy: str, path: Path, seen: int, code: int, said: str) -> None:
         """Whether everything is there that was there before, and what a fault must leave is."""
         run = Run.open(path)
-        told: list[str] = []
-        newest = run.checkpoints.newest_step(told.append)
-        if told or (seen and (newest is None or newest < seen[-1])):
+        if newest_whole(path) < seen:
             self.tally.lost += 1
-            self.tally.note(f"{fault} in {strategy}: checkpoint {newest} now, {seen} before; {told}")
+            self.tally.note(f"{fault} in {strategy}: checkpoint {newest_whole(path)} now, {seen} before")
         if fault in ENDS_WHOLE and (code != 85 or run.description["status"] != "interrupted"):
             self.tally.untold += 1
             self.tally.note(f"{fault} in {strategy}: exit code {code}, status {run.description['status']}: {said[-1500:]}")
