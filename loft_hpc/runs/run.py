@@ -1,8 +1,6 @@
 """A run on disk: its description, final network and logs; with `snapshots` and `checkpoints`, the only writers of files (docs/file-formats.md)."""
 
 import itertools
-import json
-import os
 import platform
 import re
 import sys
@@ -18,10 +16,11 @@ from torch import Tensor
 import loft_hpc
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.errors import Interrupted, LoftError
-from loft_hpc.files import open_plain, read_json, read_tensors, refuse_links_outside, write_atomically, write_json, write_tensors
+from loft_hpc.files import read_json, read_tensors, refuse_links_outside, write_json, write_tensors
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.runs import lock
 from loft_hpc.runs.checkpoints import Checkpoints
+from loft_hpc.runs.log import MAX_STEPS, EventLog
 from loft_hpc.runs.snapshots import Snapshots
 
 Value = TypeVar("Value")
@@ -29,9 +28,6 @@ _PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
 _KINDS = {"kind": str, "status": str, "data": dict, "ticket": dict, "hidden_widths": dict, "results": dict, "resumed": list}
 """What else run.json says, where it says it."""
 _COUNTS = ("total_steps", "steps_per_epoch", "world_size")
-MAX_STEPS = 10**9
-_LINE_BYTES = 1 << 20
-"""No line of metrics.jsonl is longer."""
 
 
 def claim_default_path(model: str, dataset: str, strategy: str, workers: int) -> Path:
@@ -227,38 +223,22 @@ class Run:
 
     # -- logs -------------------------------------------------------------------------------------------------------------
 
+    @property
+    def _log(self) -> EventLog:
+        return EventLog(self.path / "metrics.jsonl")
+
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to metrics.jsonl."""
-        with open(self._log_path, "a", opener=_open_no_link) as file:
-            file.write(json.dumps({"event": event, **fields}) + "\n")
+        self._log.append({"event": event, **fields})
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl about one kind of event, whole ones alone. Each says its step."""
-        return [event for _, event in self._logged() if event.get("event") == kind]
+        return [event for _, event in self._log.lines() if event.get("event") == kind]
 
     def forget_after(self, step: int) -> None:
         """Drop what was recorded after `step`, which a resumed run does again: lines of metrics.jsonl, and scores."""
         self.snapshots.forget_after(step)
-        kept = [line for line, event in self._logged() if event["step"] <= step]
-        if self._log_path.exists():
-            write_atomically(self._log_path, b"".join(kept))
-
-    @property
-    def _log_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    def _logged(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """The whole lines of metrics.jsonl, and what they say; what was torn when the machine went down is passed over."""
-        if not self._log_path.exists():
-            return
-        try:
-            with open_plain(self._log_path) as file:
-                while line := file.readline(_LINE_BYTES):
-                    event = _event(line)
-                    if event:
-                        yield line, event
-        except OSError as problem:
-            raise LoftError(f"{self._log_path} cannot be read ({problem.strerror}): remove it") from None
+        self._log.forget_after(step)
 
     def write_ledger(self, ledgers: list[Ledger]) -> None:
         """ledger.json: the ranks' ledgers and their sum."""
@@ -283,21 +263,8 @@ def refuse_occupied(path: Path) -> None:
         raise LoftError(f"{path} exists already and is never overwritten: name another --run, or go on with it by --resume")
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
-    """What a line of metrics.jsonl says; None for one that is torn or nobody's event at a step."""
-    try:
-        event = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        return None
-    return event if isinstance(event, dict) and type(event.get("step")) is int and 0 <= event["step"] <= MAX_STEPS else None
-
-
 def _is_count(value: Any) -> bool:
     return type(value) is int and 1 <= value <= MAX_STEPS
-
-
-def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _now() -> str:
