@@ -123,6 +123,28 @@ def test_checkpoints_keep_the_last_and_fall_back_from_a_torn_one(tmp_path):
         run.checkpoints.newest_step(print)
 
 
+def test_a_run_that_goes_on_keeps_no_broken_checkpoint_in_the_place_of_a_good_one(tmp_path):
+    """bin/torture found it: two torn in a row, the first one still counted among those kept, left nothing to go on from."""
+    checkpoints = new_run(tmp_path / "run").checkpoints
+
+    def tear(step: int) -> None:
+        state = tmp_path / "run" / "checkpoints" / f"{step:06d}" / "state.safetensors"
+        state.write_bytes(state.read_bytes()[:-1])
+
+    def write(step: int) -> None:
+        checkpoints.write(Checkpoint(step, {"a": torch.zeros(2)}, [Ledger()], {}), keep=2)
+
+    write(40)
+    write(45)
+    tear(45)
+    step = checkpoints.newest_step(print)
+    assert step == 40
+    Run.open(tmp_path / "run").forget_after(step)
+    write(50)
+    tear(50)
+    assert checkpoints.newest_step(print) == 40
+
+
 def test_the_log_forgets_what_is_done_again_and_what_was_torn(tmp_path):
     run = new_run(tmp_path / "run")
     for step in (8, 16, 24):

@@ -91,5 +91,5 @@ OF_DATA_PARALLEL = "bit flipped on a rank"
 """What LoFT averages away before anybody can see it, and what stages of a pipeline have no second copy of, is no fault to find."""
 ENDS_WHOLE = ("SIGTERM to a rank", "SIGUSR1 to mpirun")
 """Told to end: exit code 85 and a checkpoint of that very step."""
-AFTERWARDS = ("", "", "torn checkpoint")
+AFTERWARDS = ("", "torn checkpoint")
 """What else happens once a job is gone."""

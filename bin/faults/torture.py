@@ -30,7 +30,7 @@ STALL_SECONDS = 5
 HANG_SECONDS = 90
 """After the fault; a job that is still there counts as a hang."""
 START_SECONDS = 180
-FAULTS_OF_A_RUN = 5
+FAULTS_OF_A_RUN = 8
 
 COMMON = ("--model", "resnet20", "--widen", "0.5", "--epochs", "5", "--batch-size", "64", "--statistics-batches", "2", "--snapshot-every", "40it",
           "--checkpoint-every", "10it")  # fmt: skip

@@ -79,6 +79,12 @@ class Checkpoints:
             raise LoftError(f"{folder / 'progress.json'} is incomplete or not of this step") from None
         return Checkpoint(step, read_tensors(folder / "state.safetensors"), ledgers, progress)
 
+    def forget_after(self, step: int) -> None:
+        """Remove those of later steps, which a run that goes on writes again: broken ones would count among those that are kept."""
+        for folder in self._complete():
+            if int(folder.name) > step:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def _complete(self) -> list[Path]:
         found = [folder for folder in self._folder.glob("*") if re.fullmatch(r"[0-9]{6,9}", folder.name) and folder.is_dir()]
         return sorted(found, key=lambda folder: int(folder.name))

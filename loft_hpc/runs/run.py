@@ -236,8 +236,9 @@ class Run:
         return [event for _, event in self._log.lines() if event.get("event") == kind]
 
     def forget_after(self, step: int) -> None:
-        """Drop what was recorded after `step`, which a resumed run does again: lines of metrics.jsonl, and scores."""
+        """Drop what was recorded after `step`, which a resumed run does again: lines of metrics.jsonl, scores and checkpoints."""
         self.snapshots.forget_after(step)
+        self.checkpoints.forget_after(step)
         self._log.forget_after(step)
 
     def write_ledger(self, ledgers: list[Ledger]) -> None:
