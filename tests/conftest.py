@@ -13,6 +13,6 @@ _ALWAYS = {
     "phases": [Phase.generate],
     "suppress_health_check": list(HealthCheck),
 }  # test_fuzz.py has a deadline of its own
-settings.register_profile("short", **_ALWAYS, max_examples=20, derandomize=True)
+settings.register_profile("short", **_ALWAYS, max_examples=12, derandomize=True)
 settings.register_profile("long", **_ALWAYS, max_examples=200, derandomize=False)
 settings.load_profile("short")
