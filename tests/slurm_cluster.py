@@ -5,6 +5,7 @@ daemon of a node starts jobs as whoever sent them.
 """
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -41,6 +42,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
+FirstJobId={first_job}
 MailProg=/bin/true
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
@@ -104,7 +106,13 @@ class Cluster:
             (self.folder / name).mkdir()
         controller_port, node_port = _free_ports(2)
         text = _CONFIGURATION.format(
-            name=self.folder.name, host=self.host, folder=self.folder, cpus=CPUS, controller_port=controller_port, node_port=node_port
+            first_job=random.randrange(1000, 60_000_000),  # srun would fall over what a killed cluster's step of the same number left
+            name=self.folder.name,
+            host=self.host,
+            folder=self.folder,
+            cpus=CPUS,
+            controller_port=controller_port,
+            node_port=node_port,
         )
         (self.folder / "slurm.conf").write_text(text)
         # Devices of some kind, for Slurm to count as GPUs.
