@@ -52,6 +52,27 @@ def test_a_stopped_rank_ends_the_job_and_is_named(tmp_path, strategy, victim):
     assert Run.open(tmp_path / "run").checkpoints.newest_step(pytest.fail)
 
 
+def test_a_rank_that_stops_while_it_leaves_holds_nobody(tmp_path):
+    """bin/torture found it: the training was done, and the others waited in MPI's end for ever."""
+    stops = "import atexit, os, signal; from loft_hpc.cli.main import main; atexit.register(os.kill, os.getpid(), signal.SIGSTOP); main()"
+    common = (
+        "pretrain",
+        "--model",
+        "resnet20",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "400",
+        "--statistics-batches",
+        "1",
+        "--run",
+        str(tmp_path / "run"),
+    )
+    result = launch(1, "loft", *common, ":", "-np", "1", sys.executable, "-c", stops, *common, seconds=150)
+    assert result.code != 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "done"
+
+
 def test_a_rank_that_does_not_get_on_is_named_with_its_place(tmp_path):
     """It lives, and answers, but a file does not: a pipe stands for a file system that hangs."""
     from test_data import make_folder

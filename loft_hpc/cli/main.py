@@ -35,6 +35,9 @@ COMMANDS = {
 }
 
 
+EXIT_SECONDS = 30
+"""How long a rank that has trained may take to leave."""
+
 TRAININGS = ("pretrain", "retrain", "sweep")
 """Commands that end at their next checkpoint when they are told to."""
 
@@ -70,7 +73,12 @@ def main() -> None:
     """Entry point of the `loft` command."""
     # a scheduler's warning that comes before a training or just after its end must not kill what it finds
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if sys.argv[1:2] and sys.argv[1] in TRAININGS:
+        # MPI's end waits for all ranks, for ever if one of them was stopped just then; no Python runs any more to notice
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(EXIT_SECONDS)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
