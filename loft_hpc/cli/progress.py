@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loft_hpc.cli.context import tell
+from loft_hpc.cli.context import printable, tell
 from loft_hpc.comm.launch import output_is_terminal
 
 
@@ -54,7 +54,7 @@ class Progress:
             tell(f"{before} ranks began this run, {now} go on: deals, data order and rounding are others from here on")
 
     def fell_back(self, problem: str) -> None:
-        click.echo(f"loft: note: the newest checkpoint is broken, an earlier one is used: {problem}", err=True)
+        click.echo(printable(f"loft: note: the newest checkpoint is broken, an earlier one is used: {problem}"), err=True)
 
     def stopped(self, epoch: float, epochs: int) -> None:
         if self._bar:
