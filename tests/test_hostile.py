@@ -168,7 +168,7 @@ def test_the_lock_is_no_way_to_somebodys_file(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "thesis.tex")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(LoftError, match="symbolic links"):
         RunLock(tmp_path / "run").acquire()
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
