@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -192,7 +193,8 @@ class Torture:
             return False
         victim = self.draw.randrange(RANKS)
         seen, began = newest_whole(path), time.monotonic()
-        FAULTS[fault](Leg(process, path, ranks), victim)
+        with suppress(ProcessLookupError):  # the rank is at its end already
+            FAULTS[fault](Leg(process, path, ranks), victim)
         try:
             process.wait(timeout=HANG_SECONDS)
             while alive(ranks) and time.monotonic() - began < HANG_SECONDS:
