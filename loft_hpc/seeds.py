@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-_STREAMS = ("init", "deal", "order", "augment", "textures", "synthetic", "ticket", "calibration", "theory")
+_STREAMS = ("init", "deal", "order", "augment", "textures", "synthetic", "ticket", "calibration", "theory", "corruption", "attack")
 
 
 def derive(seed: int, stream: str, *where: int) -> int:

@@ -318,6 +318,17 @@ def test_few_tars_are_open_at_a_time(tmp_path, monkeypatch):
 # -- batches ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_parts_of_a_batch_are_read_together(tmp_path, workers):
+    """One loader reads them all; each part is what its order says, however often the reading is taken up."""
+    make_folder(tmp_path)
+    parts = Order("split", 12, 6, 0, 0, 1).in_parts(3)
+    expected = [list(open_folder(tmp_path).train_batches(order, 0, 4)) for order in parts]
+    data = open_folder(tmp_path, workers)
+    found = [*data.train_parts(parts, 0, 1), *data.train_parts(parts, 1, 3)]
+    assert all(same([step[part] for step in found], expected[part]) for part in range(3))
+
+
 def test_the_number_of_workers_changes_no_bit(tmp_path):
     make_folder(tmp_path)
     alone = list(open_folder(tmp_path).train_batches(ORDER, 0, 3))

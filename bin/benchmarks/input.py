@@ -84,7 +84,7 @@ def ours(folder: Path, size: int, batch: int, workers: int) -> Callable[[], Iter
     index = index_of(folder, "train", list_split)
     loader = Loader(Images(folder, {"train": index}, size), workers, torch.device("cpu"))
     order = Order("replicated", len(index), batch, 0, 0, 1)
-    return lambda: loader.batches(itertools.islice(training_keys(order, 0), order.steps_per_epoch))
+    return lambda: loader.batches(itertools.islice(training_keys([order], 0), order.steps_per_epoch))
 
 
 def cpu_seconds() -> float:

@@ -21,6 +21,11 @@ class Latency:
     repetitions: int
     batch_size: int
 
+    @property
+    def throughput(self) -> float:
+        """Images per second, at the median."""
+        return self.batch_size / self.median_seconds
+
 
 @torch.no_grad()
 def latencies(networks: Sequence[nn.Module], image: tuple[int, int, int], batch_size: int, repetitions: int) -> list[Latency]:
@@ -30,10 +35,10 @@ def latencies(networks: Sequence[nn.Module], image: tuple[int, int, int], batch_
     samples: list[list[float]] = [[] for _ in networks]
     for turn in range(repetitions + 3):
         for network, sample in zip(networks, samples, strict=True):
-            _synchronise(device)
+            synchronise(device)
             start = time.perf_counter()
             network(batch)
-            _synchronise(device)
+            synchronise(device)
             if turn >= 3:  # the first passes choose algorithms and touch memory
                 sample.append(time.perf_counter() - start)
     return [_summary(sample, batch_size) for sample in samples]
@@ -44,6 +49,7 @@ def _summary(sample: list[float], batch_size: int) -> Latency:
     return Latency(median, low, high, len(sample), batch_size)
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

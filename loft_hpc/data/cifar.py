@@ -7,7 +7,7 @@ from torchvision import datasets
 
 from loft_hpc.comm.world import World
 from loft_hpc.data.augment import Augmentation
-from loft_hpc.data.dataset import Batch, DataInfo, TensorDataSet, fingerprint
+from loft_hpc.data.dataset import Batch, DataInfo, PixelRange, TensorDataSet, fingerprint
 from loft_hpc.errors import LoftError
 
 READERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
@@ -35,7 +35,8 @@ def cifar(name: str, folder: Path, download: bool, device: torch.device, world: 
         test_images=len(test[0]),
         fingerprint=fingerprint(*train, *test),
     )
-    return TensorDataSet(info, train, test, Augmentation(padding=4, flip=True, mean=mean, std=std), device)
+    augmentation = Augmentation(padding=4, flip=True, mean=mean, std=std)
+    return TensorDataSet(info, train, test, augmentation, PixelRange.normalised(mean, std), device)
 
 
 def _read(name: str, folder: Path, train: bool) -> Batch:

@@ -2,8 +2,9 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,14 +38,74 @@ class DataInfo:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class PixelRange:
+    """Where pixels from 0 (black) to 1 (white) lie in network input: pixel p of channel c is `low[c]` + p * `unit[c]`."""
+
+    unit: tuple[float, ...]
+    """What the whole pixel range measures in network input, per channel."""
+    low: tuple[float, ...] | None
+    """A black pixel in network input, per channel; None where every image was normalised by itself, so that nobody knows."""
+
+    @classmethod
+    def normalised(cls, mean: tuple[float, ...], std: tuple[float, ...]) -> "PixelRange":
+        """That of network input (pixel - mean) / std, with both given in the unit of pixels."""
+        return cls(tuple(1 / s for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True)))
+
+    def step(self, images: Tensor, epsilon: float) -> Tensor:
+        """How far `epsilon` of the pixel range reaches in network input such as `images`, (C, 1, 1)."""
+        return epsilon * _channels(self.unit, images)
+
+    def ball(self, images: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest network input within `epsilon` of `images` that are pixels still; each like `images`, (N, C, H, W).
+
+        Images normalised by themselves end nowhere: theirs is the whole ball.
+        """
+        step = self.step(images, epsilon)
+        lowest, highest = images - step, images + step
+        if self.low is None:
+            return lowest, highest
+        black = _channels(self.low, images)
+        white = black + self.step(images, 1)
+        # A black or white pixel may lie outside by a rounding error: the ball holds its centre all the same.
+        return lowest.maximum(black.minimum(images)), highest.minimum(white.maximum(images))
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Network input (N, C, H, W) as pixels from 0 to 1. An image normalised by itself is spread from its darkest to its lightest."""
+        if self.low is None:
+            low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+            return (images - low) / (high - low).clamp_min(_FLAT)
+        return ((images - _channels(self.low, images)) / _channels(self.unit, images)).clamp(0, 1)
+
+    def to_input(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, C, H, W) from 0 to 1 as network input: of mean 0 and standard deviation 1 each, where images are normalised by themselves."""
+        if self.low is None:
+            mean = pixels.mean((1, 2, 3), keepdim=True)
+            return (pixels - mean) / pixels.std((1, 2, 3), correction=0, keepdim=True).clamp_min(_FLAT)
+        return _channels(self.low, pixels) + pixels * _channels(self.unit, pixels)
+
+
+_FLAT = 1e-4
+"""An image with less contrast has none but rounding errors."""
+
+
+def _channels(values: tuple[float, ...], images: Tensor) -> Tensor:
+    return images.new_tensor(values).view(-1, 1, 1)
+
+
 class DataSet(ABC):
     """Images in (N, C, H, W), channels last in memory, with int64 labels, on the device where training takes place."""
 
     info: DataInfo
+    pixels: PixelRange
 
     @abstractmethod
     def train_batches(self, order: Order, first_step: int, steps: int) -> Iterator[Batch]:
         """`steps` augmented batches of this rank from `first_step` on; the same images and augmentation whenever asked again."""
+
+    def train_parts(self, orders: Sequence[Order], first_step: int, steps: int) -> Iterator[Sequence[Batch]]:
+        """`steps` batches in parts, one for each order (`Order.in_parts`)."""
+        return zip(*(self.train_batches(order, first_step, steps) for order in orders), strict=True)
 
     @abstractmethod
     def train_labels(self, order: Order, first_step: int, steps: int) -> Iterator[Tensor]:
@@ -56,14 +117,15 @@ class DataSet(ABC):
 
     @abstractmethod
     def test_batches(self, batch_size: int, rank: int, size: int) -> Iterator[Batch]:
-        """This rank's share of the test images; over all ranks every image exactly once."""
+        """This rank's share of the test images, number rank, rank + size, rank + 2 size and so on, in this order."""
 
 
 class TensorDataSet(DataSet):
     """Images that lie as one tensor on the training device and are augmented in batches."""
 
-    def __init__(self, info: DataInfo, train: Batch, test: Batch, augmentation: Augmentation, device: torch.device):
+    def __init__(self, info: DataInfo, train: Batch, test: Batch, augmentation: Augmentation, pixels: PixelRange, device: torch.device):
         self.info = info
+        self.pixels = pixels
         self._augmentation = augmentation
         self._train = self._place(train, device)
         self._test = self._place(test, device)
@@ -71,6 +133,14 @@ class TensorDataSet(DataSet):
     @staticmethod
     def _place(images: Batch, device: torch.device) -> Batch:
         return images[0].to(device).contiguous(memory_format=torch.channels_last), images[1].to(device)
+
+    def with_test(self, name: str, test: Batch) -> "TensorDataSet":
+        """Under another name: the same training images, and `test` for test images, stored as these are."""
+        other = copy(self)
+        other._test = self._place(test, self._test[0].device)
+        digest = hashlib.sha256(f"{self.info.fingerprint} {fingerprint(*test)}".encode()).hexdigest()
+        other.info = replace(self.info, name=name, test_images=len(test[0]), fingerprint=digest)
+        return other
 
     def train_batches(self, order: Order, first_step: int, steps: int) -> Iterator[Batch]:
         images, labels = self._train

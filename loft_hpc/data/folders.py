@@ -1,16 +1,16 @@
 """ImageNet and other images on disk: `train/` and `val/`, each with a folder for each class, or tars in their place."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from loft_hpc.comm.world import World
-from loft_hpc.data.dataset import Batch, DataInfo, DataSet, calibration_indices
+from loft_hpc.data.dataset import Batch, DataInfo, DataSet, PixelRange, calibration_indices
 from loft_hpc.data.index import Index, fingerprint_of, index_of
 from loft_hpc.data.listing import list_split
-from loft_hpc.data.loader import Images, Key, Loader
+from loft_hpc.data.loader import NORMALISATION, Images, Key, Loader
 from loft_hpc.data.order import Order
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import stem_for
@@ -35,7 +35,8 @@ class FolderDataSet(DataSet):
         self._training, self._evaluating = (Loader(images, loader_workers, device) for _ in range(2))
         self._device = device
         self._train_labels = train.labels.long()
-        self._stream: tuple[Order, int, Iterator[Batch]] | None = None
+        self._stream: tuple[list[Order], int, Iterator[Batch]] | None = None
+        self.pixels = PixelRange.normalised(NORMALISATION.mean, NORMALISATION.std)
         self.info = DataInfo(
             name=name,
             num_classes=_number_of_classes(folder, train, test),
@@ -48,12 +49,16 @@ class FolderDataSet(DataSet):
         )
 
     def train_batches(self, order: Order, first_step: int, steps: int) -> Iterator[Batch]:
-        running, next_step, stream = self._stream or (None, 0, iter(()))
-        if running != order or next_step != first_step:
-            stream = self._training.batches(training_keys(order, first_step))
+        return (batch for (batch,) in self.train_parts([order], first_step, steps))
+
+    def train_parts(self, orders: Sequence[Order], first_step: int, steps: int) -> Iterator[Sequence[Batch]]:
+        # one loader reads all parts, in turn: it has one stream of batches at a time
+        running, next_step, stream = self._stream or ([], 0, iter(()))
+        if running != list(orders) or next_step != first_step:
+            stream = self._training.batches(training_keys(orders, first_step))
         for step in range(first_step, first_step + steps):
-            self._stream = (order, step + 1, stream)
-            yield next(stream)
+            self._stream = (list(orders), step + 1, stream)
+            yield [next(stream) for _ in orders]
 
     def train_labels(self, order: Order, first_step: int, steps: int) -> Iterator[torch.Tensor]:
         for step in range(first_step, first_step + steps):
@@ -69,11 +74,12 @@ class FolderDataSet(DataSet):
         return self._evaluating.batches([("val", index, None) for index in mine[start : start + batch_size]] for start in starts)
 
 
-def training_keys(order: Order, first_step: int) -> Iterator[list[Key]]:
-    """The batches of every step from `first_step` on, without end: one loader serves all rounds."""
+def training_keys(orders: Sequence[Order], first_step: int) -> Iterator[list[Key]]:
+    """The batches of every step from `first_step` on, those of all orders one after the other, without end: one loader serves all rounds."""
     for step in itertools.count(first_step):
-        batch = order.indices(step).tolist()
-        yield [("train", index, (order.seed, step, order.rank, place)) for place, index in enumerate(batch)]
+        for order in orders:
+            batch = order.indices(step).tolist()
+            yield [("train", index, (order.seed, step, order.rank, place)) for place, index in enumerate(batch)]
 
 
 def _number_of_classes(folder: Path, train: Index, test: Index) -> int:

@@ -55,6 +55,20 @@ class Order:
         batch = permutation[place * self.batch_size : (place + 1) * self.batch_size]
         return batch[self.rank :: self.size] if self.sharing == "split" else batch
 
+    def in_parts(self, parts: int | None) -> list["Order"]:
+        """This rank's share of a `split` order whose batches are always cut into `parts`, however many ranks there are.
+
+        Part g belongs to rank g % size, so what a part holds, and how it is augmented and normalised, does not depend on the ranks.
+        None: one part for each rank. Raises LoftError where a rank would have none.
+        """
+        if parts is None:
+            return [self]
+        if parts < self.size:
+            raise LoftError(f"--batch-parts {parts} leaves some of {self.size} ranks without a part of a batch: give at least {self.size}")
+        if self.sharing != "split":
+            raise ValueError(f"{self.sharing} batches have no parts")
+        return [Order("split", self.images, self.batch_size, self.seed, part, parts) for part in range(self.rank, parts, self.size)]
+
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._epochs:
             self._epochs.clear()
