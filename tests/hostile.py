@@ -25,6 +25,8 @@ CPU_SECONDS, WALL_SECONDS = 20, 120
 """Far more than any command here needs; the wall is for what waits without computing, on machines that have other things to do."""
 MEMORY_BYTES = 3 << 30
 TICKET = "run/tickets/magnitude-l2-0.5"
+MASKED = "run/tickets/searched"
+SEARCH = ("--method", "edge-popup", "--search-epochs", "1", "--device", "cpu")
 SWEPT = "run/sweeps/default/magnitude-l2-0.5-init"
 CLUSTER = """name = "cluster"
 latency_seconds = 1e-5
@@ -102,10 +104,13 @@ def make_original(folder: Path) -> None:
         ("prune", run_, "--ratio", "0.5"),
         ("retrain", folder / TICKET, *short, "--run", folder / "retrained"),
         ("sweep", run_, "--ratio", "0.5", "--at", "init", *short),
+        ("prune", run_, "--ratio", "0.5", *SEARCH, "--name", "searched"),
+        ("retrain", folder / MASKED, *short, "--run", folder / "masked"),
     ):
         told = run(*arguments)
         assert told.code == 0, told.err
     shutil.copytree(run_, folder / "interrupted", ignore=shutil.ignore_patterns("tickets", "sweeps", "ledger.json", "model.safetensors"))
+    shutil.copytree(run_ / "searches/searched", run_ / "searches/edge-popup-seed0-0.5")
     file = folder / "interrupted/run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running", "ended": None, "results": None}))
     (folder / "cluster.toml").write_text(CLUSTER)
@@ -120,6 +125,7 @@ WRITING = {
     "retrain": ("new",),
     "go on retraining": ("retrained",),
     "sweep": ("run",),
+    "search": ("run",),
 }
 """Commands that write, and where they may."""
 
@@ -142,6 +148,9 @@ def command(name: str, folder: Path) -> list[str | Path]:
         "retrain": ["retrain", folder / TICKET, *short, "--run", folder / "new"],
         "go on retraining": ["retrain", folder / TICKET, "--run", folder / "retrained", "--resume"],
         "sweep": ["sweep", folder / "run", "--ratio", "0.5", "--at", "init", *short],
+        "measure masked": ["measure", folder / MASKED, *fast],
+        "compare": ["compare", folder / "run", folder / "masked", *fast, "--no-energy", "--no-robustness"],
+        "search": ["prune", folder / "run", "--ratio", "0.5", *SEARCH],
     }[name]
 
 
@@ -173,6 +182,10 @@ FILES = {
     "retrain": (f"{TICKET}/ticket.json", f"{TICKET}/mask.safetensors", f"{TICKET}/model.safetensors"),
     "go on retraining": ("retrained/run.json", f"{TICKET}/model.safetensors"),
     "sweep": ("run/run.json", "run/tickets", "run/sweeps", "run/sweeps/default/sweep.json", f"{SWEPT}/run.json", f"{SWEPT}/.lock"),
+    "measure masked": (f"{MASKED}/ticket.json", f"{MASKED}/mask.safetensors", f"{MASKED}/model.safetensors", f"{MASKED}/scores.safetensors"),
+    "compare": ("run/run.json", "run/metrics.jsonl", "masked/run.json", "masked/metrics.jsonl", "masked/model.safetensors"),
+    "search": ("run/run.json", "run/searches", "run/searches/edge-popup-seed0-0.5", "run/searches/edge-popup-seed0-0.5/run.json",
+               "run/snapshots/epoch-000.safetensors"),
 }  # fmt: skip
 """What each command reads, and so what is spoilt for it."""
 

@@ -19,6 +19,7 @@ from loft_hpc.pipeline.stages import check_split
 from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.runs.lock import RunLock
 from loft_hpc.runs.run import Run
+from loft_hpc.tickets.masks import FilterMask
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.settings import Evaluation
@@ -271,7 +272,7 @@ def test_scores_of_other_filters_and_types(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.bool])
 def test_masks_of_other_types(tmp_path, dtype):
     selection = {name: torch.arange(width) for name, width in tiny().hidden_widths().items()}
-    Ticket(tmp_path / "ticket", tiny(), selection, initial_state(tiny()), {}).write()
+    Ticket(tmp_path / "ticket", FilterMask(tiny(), selection), initial_state(tiny()), {}).write()
     assert Ticket.read(tmp_path / "ticket").hidden_widths == tiny().hidden_widths()
     masks = {name: torch.ones(len(kept), dtype=dtype) for name, kept in selection.items()}
     write_tensors(tmp_path / "ticket" / "mask.safetensors", masks)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from loft_hpc.files import read_tensors
 from loft_hpc.runs.lock import RunLock
 from loft_hpc.runs.run import Run
 
-from launching import loft, told
+from launching import launch_environment, loft, told
 from test_faults import start_training
 
 SMALL = ("--model", "resnet20", "--epochs", "3", "--batch-size", "32", "--statistics-batches", "2", "--snapshot-every", "0")
@@ -109,3 +110,27 @@ def test_a_pipeline_goes_on_with_as_many_ranks_alone(tmp_path):
     result = loft("pretrain", "--run", path, "--resume", ranks=2)
     assert result.code == 1 and "was started with 4 ranks" in told(result)[0]
     assert json.loads((path / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_a_check_that_is_told_to_end_goes_on(tmp_path):
+    """Some of its ranks may be done with their share when the others are told."""
+    path = tmp_path / "run"
+    assert loft("pretrain", *SMALL, *STRATEGIES["data-parallel"], "--run", path).code == 0
+    assert loft("prune", path, "--ratio", "0.5").code == 0
+    ticket = path / "tickets" / "magnitude-l2-0.5"
+    command = ("check", str(ticket), "--seeds", "1", "--epochs", "4", "--statistics-batches", "2", "--format", "json")
+    process = subprocess.Popen(
+        ["mpirun", "-np", "2", "loft", *command], env=launch_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while not list((ticket / "checks").glob("default/*/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 85, err
+    lines = [line for line in err.splitlines() if line.startswith("loft: ")]
+    assert len(lines) == 1 and "give the same command again" in lines[0] and "Traceback" not in err
+    result = loft(*command, ranks=2)
+    assert result.code == 0 and len(json.loads(result.out[result.out.index("{") :])["variants"]) == 6, result.err

@@ -8,18 +8,21 @@ import torch
 
 from loft_hpc.errors import LoftError
 from loft_hpc.files import write_tensors
-from loft_hpc.jobs.prune import prunable_groups
-from loft_hpc.models.groups import everything, filter_groups, mask_state, slice_state
+from loft_hpc.jobs.source import prunable_groups
+from loft_hpc.models.groups import filter_groups, mask_state
 from loft_hpc.models.resnet import build
-from loft_hpc.tickets.finders import FINDERS, Pruning, removed_count
+from loft_hpc.models.scores import removed_count
+from loft_hpc.tickets.finders.magnitude import MagnitudeOptions, largest_filters
+from loft_hpc.tickets.finders.random import random_filters
+from loft_hpc.tickets.masks import FilterMask
+from loft_hpc.tickets.pruning import Pruning
 from loft_hpc.tickets.ticket import Ticket
 
 from tiny import tiny
 
 
-def find(state, groups, **pruning):
-    settings = Pruning(**pruning)
-    return FINDERS[settings.method](state, groups, settings)
+def find(state, groups, ratio, **options):
+    return largest_filters(state, groups, ratio, MagnitudeOptions(**options))
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def test_global_scores_do_not_depend_on_the_size_of_a_filter(state):
 
 def test_random_tickets_have_the_sizes_of_magnitude_and_follow_their_seed(state):
     groups = filter_groups(tiny())
-    first, again, other = (find(state, groups, ratio=0.5, method="random", seed=seed) for seed in (1, 1, 2))
+    first, again, other = (random_filters(groups, 0.5, seed) for seed in (1, 1, 2))
     magnitude = find(state, groups, ratio=0.5)
     assert all(len(first[name]) == len(magnitude[name]) for name in magnitude)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -110,15 +113,13 @@ def test_releases_choice_of_blocks():
 )
 def test_wrong_pruning_is_refused(fields):
     with pytest.raises(LoftError):
-        Pruning(**{"ratio": 0.5} | fields)
+        Pruning.of(**{"ratio": 0.5} | fields)
 
 
 def make_ticket(path, state) -> Ticket:
     groups = filter_groups(tiny())
-    selection = everything(groups) | find(state, groups, ratio=0.5)
-    return Ticket(
-        path, tiny(), selection, slice_state(state, selection, groups), {"method": "magnitude", "ratio": 0.5, "data": {}, "evaluation": {}}
-    )
+    mask = FilterMask(tiny(), find(state, groups, ratio=0.5))
+    return Ticket(path, mask, mask.carve(state), {"method": "magnitude", "ratio": 0.5, "data": {}, "evaluation": {}})
 
 
 def test_ticket_survives_and_equals_the_masked_network(tmp_path, state):
@@ -131,7 +132,7 @@ def test_ticket_survives_and_equals_the_masked_network(tmp_path, state):
     torch.testing.assert_close(slim.eval()(x), masked.eval()(x), rtol=1e-4, atol=1e-5)
     assert sum(p.numel() for p in slim.parameters()) < 0.6 * sum(p.numel() for p in masked.parameters())
     assert ticket.provenance["ratio"] == 0.5
-    rewound = ticket.slice(build(tiny(), seed=9).state_dict())
+    rewound = ticket.carve(build(tiny(), seed=9).state_dict())
     assert rewound.keys() == ticket.state.keys()
     assert all(rewound[name].shape == ticket.state[name].shape for name in rewound)
 

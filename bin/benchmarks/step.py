@@ -54,7 +54,7 @@ class Case:
         trainer = Trainer(network, buffers, OPTIMISATION, 1_000_000, self.precision)
         if compiled:
             trainer.network = torch.compile(network)
-        return lambda: trainer.steps([(images, labels)], 0) and None
+        return lambda: trainer.steps([[(images, labels)]], 0) and None
 
     def plain(self, layout: torch.memory_format, compiled: bool) -> Step:
         device, (images, labels) = self.batch[0].device, self.batch

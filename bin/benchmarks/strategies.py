@@ -104,7 +104,7 @@ def our_data_parallel(case: Case) -> Step:
     mine = (case.images[world.rank :: world.size].contiguous(memory_format=torch.channels_last), case.labels[world.rank :: world.size])
 
     def step() -> None:
-        trainer.steps([mine], 0, case.batch, lambda: world.all_reduce_(buffer.gradient, "gradient")())
+        trainer.steps([[mine]], 0, case.batch, lambda: world.all_reduce_(buffer.gradient, "gradient")())
 
     return step, lambda: [parameter.grad.clone() for parameter in network.parameters()]
 

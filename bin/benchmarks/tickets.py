@@ -14,7 +14,8 @@ from loft_hpc.data.registry import open_data
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.models.groups import Selection, filter_groups, slice_state
 from loft_hpc.runs.run import Run
-from loft_hpc.tickets.finders import Pruning, draw_like, magnitude
+from loft_hpc.tickets.finders.magnitude import MagnitudeOptions, largest_filters
+from loft_hpc.tickets.finders.random import draw_like
 from loft_hpc.training.device import place
 from loft_hpc.training.evaluation import judge, network_for
 
@@ -51,8 +52,8 @@ def main(runs: tuple[str, ...], ratios: tuple[float, ...], draws: int) -> None:
     for path in runs:
         of = Judge(path, world)
         for ratio in ratios:
-            everywhere = magnitude(of.state, of.groups, Pruning(ratio, scope="global"))
-            layer = magnitude(of.state, of.groups, Pruning(ratio))
+            everywhere = largest_filters(of.state, of.groups, ratio, MagnitudeOptions(scope="global"))
+            layer = largest_filters(of.state, of.groups, ratio)
             line = (
                 f"{path}  ratio {ratio:g}:  global {of.accuracy(everywhere):5.1f}  same shape {of.drawn(everywhere, draws)}"
                 f"  |  layer {of.accuracy(layer):5.1f}  random {of.drawn(layer, draws)}"

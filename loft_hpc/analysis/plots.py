@@ -185,6 +185,44 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, half if len(values) > 2 else float("nan")
 
 
+class Contender(Protocol):
+    """Retrained tickets of one method and ratio."""
+
+    label: str
+    kind: str
+    density: float
+    mean: float
+    half_width: float
+    accuracies: Sequence[float]
+
+
+def plot_tickets(contenders: Sequence[Contender], path: Path) -> None:
+    """Accuracy after retraining over density: a curve for each method, a line for the dense network; intervals where there are three runs."""
+    dense = [one for one in contenders if one.kind == "dense"]
+    tickets = [one for one in contenders if one.kind != "dense"]
+    lines = {"filter": "-", "layer": ":", "weight": "--"}
+    with _figure(path, 1, 1, (9.5, 5.6)) as (_, panels):
+        axes = panels[0][0]
+        for label, (colour, marker) in zip(dict.fromkeys(one.label for one in tickets), _cycle(), strict=False):
+            mine = sorted((one for one in tickets if one.label == label), key=lambda one: one.density)
+            halves = [100 * one.half_width if len(one.accuracies) > 2 else float("nan") for one in mine]
+            axes.errorbar(
+                [100 * one.density for one in mine], [100 * one.mean for one in mine], yerr=halves, color=colour, marker=marker, capsize=3,
+                linestyle=lines.get(mine[0].kind, "-"), linewidth=1.2, markersize=5, label=label,
+            )  # fmt: skip
+        for one, style in zip(dense, ("-.", (0, (1, 1)), (0, (5, 5))) * len(dense), strict=False):
+            axes.axhline(100 * one.mean, color="0.4", linestyle=style, linewidth=1, label=one.label)
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= mark <= high]
+        axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
+        axes.minorticks_off()
+        axes.set_xlabel("density: parameters that stay (%)")
+        axes.set_ylabel("test accuracy after retraining (%)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
 class Cell(Protocol):
     """The left-hand side of Theorem 1 for one initialisation."""
 

@@ -25,8 +25,10 @@ INTERRUPTED = 85
 
 COMMANDS = {
     "pretrain": "Find a ticket: train a network over all ranks.",
-    "prune": "Draw tickets from a pretraining run.",
+    "prune": "Find tickets of a pretraining run's network.",
     "retrain": "Train a ticket over all ranks.",
+    "check": "Is it a winning ticket? Controls, retrained over seeds.",
+    "compare": "Tickets side by side: accuracy, size, cost, energy, robustness.",
     "sweep": "Retrain a ticket of every snapshot: when is it there?",
     "theory": "LoFT's Theorem 1, checked numerically.",
     "measure": "Accuracy, size, latency and filter distance.",
@@ -38,8 +40,11 @@ COMMANDS = {
 EXIT_SECONDS = 30
 """How long a rank that has trained may take to leave."""
 
-TRAININGS = ("pretrain", "retrain", "sweep")
+TRAININGS = ("pretrain", "prune", "retrain", "check", "sweep")
 """Commands that end at their next checkpoint when they are told to."""
+
+RESUMED = ("pretrain", "retrain")
+"""Those of them that have an option to go on; the others find what is done."""
 
 
 class LazyGroup(click.Group):
@@ -99,7 +104,8 @@ def run(arguments: list[str]) -> int:
         hint = f" (see {context.command_path} --help)" if context else ""
         return _fail(job, _line(" ".join(problem.format_message().split()) + hint), problem.exit_code, everywhere=True)
     except Interrupted as problem:
-        return _fail(job, _line(problem), INTERRUPTED, everywhere=True)
+        how = "go on with --resume" if arguments[0] in RESUMED else "give the same command again to go on"
+        return _fail(job, _line(f"{problem}; {how}"), INTERRUPTED, everywhere=True)
     except LoftError as problem:
         return _fail(job, _line(problem), 2 if problem.usage else 1, problem.everywhere)
     except OSError as problem:

@@ -1,15 +1,19 @@
 """`loft measure`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
+from loft_hpc.analysis.energy import grams_per_million
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
+from loft_hpc.cli.measuring import measure_options, measure_settings
 from loft_hpc.cli.options import device_option, moved_data_option, plot_option, typed
 from loft_hpc.jobs.distances import Course, distances
-from loft_hpc.jobs.measure import Measured, measure
+from loft_hpc.jobs.measure import Measured, MeasureSettings, measure
 from loft_hpc.models.scores import CRITERIA
 
 
@@ -32,35 +36,38 @@ from loft_hpc.models.scores import CRITERIA
     "the distances as a heat map of layers and epochs (darker is closer) over the loss; for several runs their mean distances too."
 )
 @moved_data_option
-@click.option("--latency-batch", type=click.IntRange(1), default=64, show_default=True, help="Images in a timed forward pass.")
-@click.option("--repetitions", type=click.IntRange(2), default=20, show_default=True, help="Timed forward passes of each network.")
+@measure_options(energy=False, robustness=False)
 @device_option
 @format_option
 @click.pass_context
 def command(
     context: click.Context, paths: tuple[str, ...], distance_to: str | None, norm: str, ratio: float, plot: Path | None,
-    data_dir: str | None, latency_batch: int, repetitions: int, device: str, format: str,
+    data_dir: str | None, device: str, format: str, **options: Any,
 ) -> None:  # fmt: skip
-    """Accuracy, parameters, FLOPs and latency of runs and tickets, each beside the dense network; or filter distances.
+    """Accuracy, parameters, FLOPs, memory and latency of runs and tickets, each beside the dense network; energy and robustness; or filter
+    distances.
 
-    FLOPs count a multiply-add as 2, in convolutions and the classifier. Latency is the median wall time of a forward pass on this
-    machine, dense and pruned taking turns (under mpirun: on rank 0, while the others wait).
+    FLOPs count a multiply-add as 2, in convolutions and the classifier; of a ticket of weights, those that stay, which dense kernels compute
+    all the same. Latency is the median wall time of a forward pass on this machine, dense and pruned taking turns (under mpirun: on rank 0,
+    while the others wait). Memory in training is that of one batch of as many images, float32.
 
     Examples: loft measure runs/RUN runs/RUN/tickets/*
 
     loft measure runs/RUN --distance-to final --plot runs/RUN/plots/distance.png
     """
     job: Job = context.obj
-    alone = {"plot", "ratio", "norm"} if distance_to is None else {"data_dir", "latency_batch", "repetitions", "device"}
+    alone = {"plot", "ratio", "norm"} if distance_to is None else {"data_dir", "device", *options}
     for name in sorted(alone & typed(context)):
         other = "belongs to --distance-to" if distance_to is None else "has no meaning with --distance-to"
-        raise click.UsageError(f"--{name.replace('_', '-')} {other}")
+        option = {"severities": "severity"}.get(name, name.replace("_", "-"))
+        raise click.UsageError(f"--{option} {other}")
+    settings = measure_settings(options)
     job.join()
     if distance_to is not None:
         _show_distances(job, paths, distance_to, norm, ratio, plot, format)
         return
-    results = measure([Path(path) for path in paths], data_dir, latency_batch, repetitions, device, job.world)
-    fields = {"flops_per_multiply_add": FLOPS_PER_MULTIPLY_ADD, "measured": [_fields(result) for result in results]}
+    results = measure([Path(path) for path in paths], settings, data_dir, device, job.world)
+    fields = {"flops_per_multiply_add": FLOPS_PER_MULTIPLY_ADD, "measured": [_fields(result, settings) for result in results]}
     rows = [_row(result) for result in results]
     header = [
         "network",
@@ -70,12 +77,53 @@ def command(
         "of dense",
         "FLOPs",
         "of dense",
-        f"ms/{latency_batch} images",
+        f"ms/{settings.latency_batch} images",
         "dense ms",
         "speed-up",
+        "memory in training",
+        "of dense",
     ]
-    notes = f"FLOPs per image, a multiply-add counting 2; latency: median of {repetitions} passes"
-    job.show(format, fields, f"{table(header, rows)}\n{notes}")
+    notes = [f"FLOPs per image, a multiply-add counting 2; latency: median of {settings.repetitions} passes"]
+    tables = [table(header, rows), *notes]
+    if settings.energy:
+        tables += ["", _energy_table(results, settings)]
+    if settings.asks_for_robustness:
+        tables += ["", _robustness_table(results, settings)]
+    job.show(format, fields, "\n".join(tables))
+
+
+def _energy_table(results: Sequence[Measured], settings: MeasureSettings) -> str:
+    rows = []
+    for result in results:
+        mine, dense = (energy.joules_per_1000_images for energy in result.energy)
+        grams = grams_per_million(result.energy[0], settings.carbon_intensity)
+        rows.append([str(result.subject.path), f"{mine:.2f}", f"{dense:.2f}", f"{100 * (1 - mine / dense):.1f} %", f"{grams:.3g}"])
+    header = ["network", "J/1000 images", "dense", "saved", "g CO2 per million images"]
+    source = results[0].energy[0].energy.source
+    label = "" if results[0].energy[0].energy.measured else ": an ESTIMATE, busy CPU seconds times watts per core, not a measurement"
+    return f"{table(header, rows)}\nenergy from {source}{label}; {settings.carbon_intensity:g} g CO2 per kWh"
+
+
+def _robustness_table(results: Sequence[Measured], settings: MeasureSettings) -> str:
+    names = list(dict.fromkeys(name for result in results for name in _robust_fields(result)))
+    rows = [
+        [
+            str(result.subject.path),
+            f"{100 * result.score.accuracy:.2f} %",
+            *(f"{100 * _robust_fields(result)[name]:.2f} %" for name in names),
+        ]
+        for result in results
+    ]
+    severities = ", ".join(map(str, settings.severities))
+    return (
+        f"{table(['network', 'clean', *names], rows)}\nattacks: epsilon {settings.epsilon:.4g} of the pixel range, PGD {settings.pgd_steps} steps; "
+        f"corruptions: mean over severities {severities}"
+    )
+
+
+def _robust_fields(result: Measured) -> dict[str, float]:
+    robustness = result.robustness
+    return robustness.attacks | robustness.corruptions | robustness.shifted
 
 
 def _row(result: Measured) -> list[str]:
@@ -91,10 +139,12 @@ def _row(result: Measured) -> list[str]:
         f"{1e3 * mine:.2f}",
         f"{1e3 * dense:.2f}",
         f"{dense / mine:.2f}x",
+        f"{result.footprint.training_bytes / 2**20:.1f} MiB",
+        f"{100 * result.footprint.training_bytes / result.dense_footprint.training_bytes:.1f} %",
     ]
 
 
-def _fields(result: Measured) -> dict:
+def _fields(result: Measured, settings: MeasureSettings) -> dict:
     return {
         "path": str(result.subject.path),
         "kind": result.subject.kind,
@@ -109,6 +159,25 @@ def _fields(result: Measured) -> dict:
         "dense_flops": result.dense.flops,
         "latency": asdict(result.latency),
         "dense_latency": asdict(result.dense_latency),
+        "throughput_images_per_second": result.latency.throughput,
+        "dense_throughput_images_per_second": result.dense_latency.throughput,
+        "memory": asdict(result.footprint) | {"training_bytes": result.footprint.training_bytes},
+        "dense_memory": asdict(result.dense_footprint) | {"training_bytes": result.dense_footprint.training_bytes},
+        **({} if result.energy is None else {"energy": _energy_fields(result, settings)}),
+        **({} if result.robustness is None else {"robustness": asdict(result.robustness)}),
+    }
+
+
+def _energy_fields(result: Measured, settings: MeasureSettings) -> dict:
+    mine, dense = result.energy
+    return {
+        "joules_per_1000_images": mine.joules_per_1000_images,
+        "dense_joules_per_1000_images": dense.joules_per_1000_images,
+        "grams_co2_per_million_images": grams_per_million(mine, settings.carbon_intensity),
+        "dense_grams_co2_per_million_images": grams_per_million(dense, settings.carbon_intensity),
+        "saved_share": 1 - mine.joules_per_1000_images / dense.joules_per_1000_images,
+        "source": mine.energy.source,
+        "measured": mine.energy.measured,
     }
 
 

@@ -135,6 +135,11 @@ supervision_options = several(
 device_option = option(
     Computation, "device", "Where to compute; auto takes a GPU if there is one.", type=click.Choice(["auto", "cpu", "cuda"])
 )
+batch_parts_option = click.option(
+    "--batch-parts", type=click.IntRange(1),
+    help="Compute every batch in so many parts, each normalised by itself, so that the result does not depend on the number of ranks.  "
+    "[default: one for each rank]",
+)  # fmt: skip
 precision_option = option(Computation, "precision", "Arithmetic of convolutions; bfloat16 needs a GPU.", type=click.Choice(PRECISIONS))
 
 run_options = several(

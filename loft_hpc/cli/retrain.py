@@ -7,6 +7,7 @@ import click
 
 from loft_hpc.cli.context import Job, format_option, tell
 from loft_hpc.cli.options import (
+    batch_parts_option,
     checkpoint_options,
     device_option,
     evaluation_options,
@@ -42,6 +43,7 @@ from loft_hpc.training.watching import Oversight
 @moved_data_option
 @option(RetrainSettings, "epochs", "Walks through the training images.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
+@batch_parts_option
 @optimisation_options(lr=LEARNING_RATE)
 @option(RetrainSettings, "seed", "Decides data order and augmentation.", type=int)
 @snapshot_options("0")

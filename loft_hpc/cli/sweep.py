@@ -19,12 +19,12 @@ from loft_hpc.cli.options import (
 )
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
-from loft_hpc.cli.prune import blocks_option, pruning_options, ratio_option
+from loft_hpc.cli.prune import blocks_option, ratio_option
+from loft_hpc.cli.pruning import finder_options, prunings_of
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings
 from loft_hpc.jobs.sweep import EVERY, Point, SweepSettings, sweep
 from loft_hpc.runs.run import Run
-from loft_hpc.tickets.finders import Pruning
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
 
@@ -55,7 +55,7 @@ def _duration(seconds: float) -> str:
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
 @preset_option("prune", "retrain")
 @ratio_option
-@pruning_options
+@finder_options
 @blocks_option
 @click.option(
     "--at",
@@ -89,7 +89,7 @@ def command(
     Example: mpirun -np 4 loft sweep runs/RUN --ratio 0.8 --at every --plot sweep.png
     """
     job: Job = context.obj
-    prunings = [fill(Pruning, options, ratio=ratio) for ratio in ratios]
+    prunings = prunings_of(ratios, options)
     if len(set(ratios)) < len(ratios) or len(set(at)) < len(at) or len({Path(run).resolve() for run in runs}) < len(runs):
         raise click.UsageError("a run, --ratio or --at is given twice")
     if EVERY in at and len(at) > 1:

@@ -48,6 +48,16 @@ class World:
         self.pulse = Pulse()
         """When this rank last got on, and what it waits for: what a watchdog looks at."""
         self._staging = Staging(direct=False)
+        self.threads: int | None = None
+        """This rank's share of its machine's cores, once it is known."""
+
+    def alone(self) -> "World":
+        """This rank as a world of its own, for work that ranks do side by side without one another. It keeps its GPU and its share of the cores."""
+        from mpi4py import MPI
+
+        world = World(MPI.COMM_SELF, self._hvd)
+        world.threads = self.threads
+        return world
 
     def use_device(self, device: torch.device, direct: bool) -> None:
         """Where tensors will lie, and whether Horovod takes GPU tensors as they are (NCCL, one rank per GPU)."""
@@ -165,7 +175,7 @@ class World:
                 problem = error
         if self.size > 1:
             with self.waiting("rank 0"):
-                self._wait_quietly()
+                self.wait_quietly()
                 packed = self.mpi.bcast(pickle.dumps((result, problem)) if self.rank == 0 else None)
             at_root, size = self.rank == 0, len(packed)
             sent, received = chain_broadcast(size, 1, self.rank, self.size)
@@ -189,7 +199,7 @@ class World:
             self.mpi.Allreduce(mine, result, op=self._minimum)
         return result.tolist()
 
-    def _wait_quietly(self) -> None:
+    def wait_quietly(self) -> None:
         """Wait for every rank without keeping a core busy, which rank 0 may need for what it does (and times)."""
         everybody = self.mpi.Ibarrier()
         while not everybody.Test():

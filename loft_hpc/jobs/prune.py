@@ -4,24 +4,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-from loft_hpc.analysis.size import Size, network_size
-from loft_hpc.comm.world import World
-from loft_hpc.data.registry import open_data
+from loft_hpc.analysis.size import Size, network_size, ticket_size
 from loft_hpc.errors import LoftError
-from loft_hpc.jobs.pretrain import settings_of
-from loft_hpc.jobs.retrain import snapshot_name
 from loft_hpc.jobs.settings import to_json
-from loft_hpc.models.groups import FilterGroup, everything, filter_groups, slice_state
+from loft_hpc.jobs.source import RunSource, Surroundings
 from loft_hpc.runs.run import Run
-from loft_hpc.tickets.finders import FINDERS, Pruning
+from loft_hpc.tickets import finders  # noqa: F401 (finders register themselves)
+from loft_hpc.tickets.pruning import Found, Pruning
+from loft_hpc.tickets.source import FINAL
 from loft_hpc.tickets.ticket import Ticket, refuse_existing
-from loft_hpc.training.device import place
 from loft_hpc.training.evaluation import Score, judge, network_for
-
-BLOCK_CHOICES = ("all", "release")
-FINAL = "final"
 
 
 @dataclass(frozen=True)
@@ -35,72 +27,62 @@ class Pruned:
     score: Score
 
 
-def prunable_groups(groups: Sequence[FilterGroup], blocks: str) -> list[FilterGroup]:
-    """`all`: every residual block. `release`: as in LoFT's release, all but the first block of each stage."""
-    if blocks == "all":
-        return list(groups)
-    return [group for group in groups if not group.name.endswith(".0")]
+def draw_tickets(
+    run: Run, prunings: Sequence[Pruning], blocks: str, at: str | None, around: Surroundings, name: str | None = None
+) -> tuple[list[Ticket], RunSource]:
+    """A ticket for each pruning (all of one method), in memory, and what they were drawn from. Collective.
 
-
-def draw_tickets(run: Run, prunings: Sequence[Pruning], blocks: str, at: str, name: str | None = None) -> list[Ticket]:
-    """A ticket for each pruning, in memory: of the run's `final` network, or of a snapshot (`init`, `epoch:K`, `step:K`).
-
-    Raises LoftError where the run has no such network, or where it does not fit the run's description.
+    `at`: the run's `final` network or a snapshot (`init`, `epoch:K`, `step:K`); None for what suits the method. Raises LoftError where
+    the run has no such network, where it does not fit the run's description, or where the method cannot apply.
     """
-    settings, architecture, groups = settings_of(run), run.architecture, filter_groups(run.architecture)
-    if at == FINAL:
-        file, state = run.model_path, run.read_model()
-    else:
-        snapshot = snapshot_name(at, "--at")
-        file, state = run.snapshots.path(snapshot), run.snapshots.read(snapshot)
-    network_for(architecture, None, state, torch.device("cpu"), str(file))
-    pruned_groups = prunable_groups(groups, blocks)
-    tickets = []
-    for pruning in prunings:
-        kept = FINDERS[pruning.method](state, pruned_groups, pruning)
-        selection = everything(groups) | dict(kept)
-        provenance = {
-            **asdict(pruning),
-            "blocks": blocks,
-            "run": run.path.name,
-            "drawn_from": str(file.relative_to(run.path)),
-            "data": to_json(settings.data),
-            "evaluation": to_json(settings.evaluation),
-            "seed_of_run": settings.seed,
-        }
-        folder = run.path / "tickets" / (name or ticket_name(pruning, blocks, at))
-        tickets.append(Ticket(folder, architecture, selection, slice_state(state, selection, groups), provenance))
-    return tickets
+    finder, options = prunings[0].finder, prunings[0].options
+    source = RunSource(run, blocks, at or finder.default_at(options), around, name)
+    if not finder.removes_filters(options):
+        blocks = "all"  # a choice of blocks whose filters may go says nothing of weights and of blocks themselves
+    names = [name or ticket_name(pruning, blocks, source.at) for pruning in prunings]
+    around.world.on_root(lambda: [refuse_existing(run.path / "tickets" / own) for own in names])
+    found = finder.find(source, options, [pruning.ratio for pruning in prunings])
+    return [_ticket(one, pruning, source, blocks, own) for one, pruning, own in zip(found, prunings, names, strict=True)], source
 
 
-def prune(
-    path: Path, prunings: Sequence[Pruning], blocks: str, at: str, name: str | None, data_dir: str | None, device: str, world: World
-) -> list[Pruned]:
+def _ticket(found: Found, pruning: Pruning, source: RunSource, blocks: str, name: str) -> Ticket:
+    settings = source.settings
+    provenance = {
+        **pruning.to_json(),
+        "blocks": blocks,
+        "run": source.run.path.name,
+        "drawn_from": found.drawn_from,
+        "cost": asdict(found.cost),
+        "data": to_json(settings.data),
+        "evaluation": to_json(settings.evaluation),
+        "seed_of_run": settings.seed,
+        **found.details,
+    }
+    scores = None if found.scores is None else dict(found.scores)
+    return Ticket(source.run.path / "tickets" / name, found.mask, found.mask.carve(found.weights), provenance, scores)
+
+
+def prune(path: Path, prunings: Sequence[Pruning], blocks: str, at: str | None, name: str | None, around: Surroundings) -> list[Pruned]:
     """Make a ticket for each pruning, of the network that `at` names. Collective. Nothing is written if one name is taken already."""
     if name and len(prunings) > 1:
         raise LoftError("--name names one ticket: give one --ratio with it", usage=True)
-    run = Run.open_to_write(path)
-    settings, architecture = settings_of(run), run.architecture
-    tickets = draw_tickets(run, prunings, blocks, at, name)
-    chosen_device, _ = place(device, "float32", world)
-    data = open_data(settings.data.at(data_dir), chosen_device, world)
-    dense = network_size(architecture, None, data.info.image_size)
-    world.on_root(lambda: [refuse_existing(ticket.path) for ticket in tickets])
+    world, run = around.world, Run.open_to_write(path)
+    tickets, source = draw_tickets(run, prunings, blocks, at, around, name)
     world.on_root(lambda: [ticket.write() for ticket in tickets])
-    results = []
+    data, results = source.data, []
+    dense = network_size(run.architecture, None, data.info.image_size)
     for ticket, pruning in zip(tickets, prunings, strict=True):
-        network = network_for(architecture, ticket.hidden_widths, ticket.state, chosen_device, str(ticket.path))
-        size = network_size(architecture, ticket.hidden_widths, data.info.image_size)
-        results.append(Pruned(ticket, pruning, size, dense, judge(network, data, settings.evaluation, world)))
+        network = network_for(ticket.architecture, ticket.hidden_widths, ticket.state, source.device, str(ticket.path))
+        size = ticket_size(ticket.architecture, ticket.hidden_widths, ticket.mask.weights, data.info.image_size)
+        results.append(Pruned(ticket, pruning, size, dense, judge(network, data, source.settings.evaluation, world)))
     return results
 
 
 def ticket_name(pruning: Pruning, blocks: str, at: str) -> str:
     """METHOD-DETAILS-RATIO, for instance magnitude-l2-0.8, magnitude-l1-global-0.5, random-seed3-0.8 or magnitude-l2-0.8-epoch-3."""
-    details = [pruning.method]
-    details.append(f"seed{pruning.seed}" if pruning.method == "random" else pruning.criterion)
-    if pruning.scope != "layer":
-        details.append(pruning.scope)
+    finder, options = pruning.finder, pruning.options
+    details = [pruning.method, *finder.label(options)]
     if blocks != "all":
         details.append(blocks)
-    return "-".join([*details, f"{pruning.ratio:g}", *([] if at == FINAL else [at.replace(":", "-")])])
+    named = [] if at == finder.default_at(options) else [FINAL if at == FINAL else at.replace(":", "-")]
+    return "-".join([*details, f"{pruning.ratio:g}", *named])

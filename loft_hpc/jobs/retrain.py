@@ -33,6 +33,8 @@ class RetrainSettings:
     epochs: int = 10
     batch_size: int = 128
     """Images per step of all ranks together: every rank normalises by its own part, which should not become tiny."""
+    batch_parts: int | None = None
+    """Parts that every batch is computed in, whatever the number of ranks; None for one for each rank."""
     seed: int = 0
     data: DataSettings = field(default_factory=DataSettings)
     optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=LEARNING_RATE))
@@ -46,6 +48,8 @@ class RetrainSettings:
             snapshot_name(self.rewind, "--rewind")
         if not 1 <= self.epochs <= MAX_EPOCHS or self.batch_size < 1:
             raise LoftError(f"--epochs must lie between 1 and {MAX_EPOCHS:,}, and --batch-size be at least 1", usage=True)
+        if self.batch_parts is not None and not 1 <= self.batch_parts <= self.batch_size:
+            raise LoftError(f"--batch-parts {self.batch_parts} must lie between 1 and --batch-size", usage=True)
         if self.seed < 0:
             raise LoftError("--seed must be 0 or more", usage=True)
 
@@ -66,7 +70,7 @@ def starting_weights(ticket: Ticket, rewind: str) -> dict[str, Tensor]:
         raise LoftError(
             f"{ticket.path} does not lie in its run any more (RUN/tickets/NAME), so there is nothing to rewind to: move it back"
         )
-    return ticket.slice(Run.open(ticket.run_path).snapshots.read(snapshot_name(rewind, "--rewind")))
+    return ticket.carve(Run.open(ticket.run_path).snapshots.read(snapshot_name(rewind, "--rewind")))
 
 
 def ticket_data(ticket: Ticket) -> DataSettings:
@@ -99,10 +103,12 @@ def retrain(
     strategy = DataParallel(
         network, ticket.hidden_widths, starting_weights(ticket, settings.rewind), settings.optimisation, workplace.data, order,
         settings.epochs * order.steps_per_epoch, settings.computation.precision, workplace.device, world,
+        ticket.mask.weights, settings.batch_parts,
     )  # fmt: skip
     details = {
         "hidden_widths": ticket.hidden_widths,
-        "ticket": {"path": str(ticket.path), "sha256": ticket.fingerprint, **ticket.provenance},
+        "dense_architecture": ticket.dense.to_json(),
+        "ticket": {"path": str(ticket.path), "sha256": ticket.fingerprint, "kind": ticket.mask.kind, **ticket.provenance},
     }
     outcome = train_into(where, "retrain", strategy, settings, network, ticket.hidden_widths, details, order, workplace, world, oversight)
     return where.path, outcome

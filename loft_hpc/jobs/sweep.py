@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +15,10 @@ from loft_hpc.files import read_json
 from loft_hpc.jobs.prune import draw_tickets, ticket_name
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import to_json
+from loft_hpc.jobs.source import Surroundings
 from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
-from loft_hpc.tickets.finders import Pruning
+from loft_hpc.tickets.pruning import Pruning
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.watching import Oversight
 
@@ -79,7 +80,7 @@ def sweep(
     points, taken = [], []
     for number, (run, at, pruning) in enumerate(work, start=1):
         began = time.perf_counter()
-        ticket = _ticket(run, pruning, settings.blocks, at, world)
+        ticket = _ticket(run, pruning, settings.blocks, at, Surroundings(world, quiet, recipes[run.path].data.data_dir))
         folder = run.path / "sweeps" / settings.name / ticket.path.name
         done = world.on_root(partial(_is_done, folder))
         world.ledger = Ledger()  # each retraining counts its own
@@ -153,14 +154,14 @@ def _first_difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
     return ""
 
 
-def _ticket(run: Run, pruning: Pruning, blocks: str, at: str, world: World) -> Ticket:
+def _ticket(run: Run, pruning: Pruning, blocks: str, at: str, around: Surroundings) -> Ticket:
     """The ticket of a snapshot, drawn unless it is there."""
     path = run.path / "tickets" / ticket_name(pruning, blocks, at)
-    if not world.on_root(path.exists):
-        (ticket,) = draw_tickets(run, [pruning], blocks, at)
-        world.on_root(ticket.write)
+    if not around.world.on_root(path.exists):
+        (ticket,), _ = draw_tickets(run, [pruning], blocks, at, around)
+        around.world.on_root(ticket.write)
     ticket = Ticket.read(path)
-    for name, value in asdict(pruning).items():
-        if ticket.provenance.get(name) != value:
+    for name, value in pruning.to_json().items():
+        if ticket.provenance.get(name, value) != value:  # tickets of earlier versions say less
             raise LoftError(f"{path} was drawn with {name} {ticket.provenance.get(name)}, not {value}: move it away, or repeat that")
     return ticket

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from loft_hpc.analysis.energy import Meter, energy_of_ranks, gpus_of
 from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
@@ -170,8 +171,11 @@ def _train_locked(
     observer = None
     if stopping:
         observer = world.on_root(lambda: _observer(run, stopping, checkpoint.step if checkpoint else -1))
-    session = Session(
-        strategy, architecture, hidden_widths, workplace.data, settings.optimisation, settings.evaluation, settings.snapshots,
-        settings.checkpoints, run, world, workplace.device, oversight, observer,
-    )  # fmt: skip
-    return session.run(checkpoint)
+    with Meter(gpus_of(workplace.device)) as meter:
+        begin = meter.read()
+        session = Session(
+            strategy, architecture, hidden_widths, workplace.data, settings.optimisation, settings.evaluation, settings.snapshots,
+            settings.checkpoints, run, world, workplace.device, oversight, observer,
+            account=lambda: {"energy": asdict(energy_of_ranks(meter.since(begin), world))},
+        )  # fmt: skip
+        return session.run(checkpoint)

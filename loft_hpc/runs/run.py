@@ -25,7 +25,8 @@ from loft_hpc.runs.snapshots import Snapshots
 
 Value = TypeVar("Value")
 _PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
-_KINDS = {"kind": str, "status": str, "data": dict, "ticket": dict, "hidden_widths": dict, "results": dict, "resumed": list}
+_KINDS = {"kind": str, "status": str, "data": dict, "ticket": dict, "hidden_widths": dict, "dense_architecture": dict, "results": dict,
+          "search": dict, "resumed": list, "legs": list}  # fmt: skip
 """What else run.json says, where it says it."""
 _COUNTS = ("total_steps", "steps_per_epoch", "world_size")
 
@@ -120,6 +121,10 @@ class Run:
         """Record how the run ended: `done` or `failed`. Success is said here, not by mpirun's exit code alone."""
         self._update(status=status, ended=_now(), results=dict(results or {}))
 
+    def add_leg(self, leg: Mapping[str, Any]) -> None:
+        """Record what a leg of the training took: one entry for each time that it was begun or gone on with."""
+        self._update(legs=[*(self.description.get("legs") or []), dict(leg)])
+
     @contextmanager
     def failures_recorded(self) -> Iterator[None]:
         """Write the status `failed` and the reason into run.json if what happens inside fails."""
@@ -179,6 +184,12 @@ class Run:
     @property
     def architecture(self) -> Architecture:
         return Architecture.from_json(self.description["architecture"])
+
+    @property
+    def dense_architecture(self) -> Architecture:
+        """Of the network that a retrained ticket is one of; its own where it says no other."""
+        dense = self.description.get("dense_architecture")
+        return self.architecture if dense is None else Architecture.from_json(dense)
 
     @property
     def hidden_widths(self) -> dict[str, int] | None:

@@ -1,37 +1,85 @@
-"""A ticket: the filters that stay, the weights to start from, and where it came from."""
+"""A ticket: a mask over filters, blocks or weights, the weights to start from, and where both came from."""
 
+import math
+import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loft_hpc.errors import LoftError
 from loft_hpc.files import checksum, publish_folder, read_json, read_tensors, write_json, write_tensors
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.models.groups import filter_groups, slice_state
+from loft_hpc.tickets.masks import MASKS, FilterMask, Mask
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it took to find a ticket, training of the network that it was drawn from included, summed over the ranks."""
+
+    epochs: float = 0.0
+    """Walks through the training images, of all ranks together: `samples` over the number of training images."""
+    samples: int = 0
+    """Images that went forward and backward."""
+    flops: float = 0.0
+    """Of forward and backward passes: three times the forward pass's, a multiply-add counting 2; masked weights count like others."""
+    payload_bytes: int = 0
+    """Sent by all ranks, as the byte ledger counts them."""
+    wall_seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(mine + theirs for mine, theirs in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+    @classmethod
+    def from_json(cls, fields: Any) -> "Cost":
+        """From a ticket's description; nothing where there is none (tickets of earlier versions). Raises ValueError for anything else."""
+        if fields is None:
+            return cls()
+        if not isinstance(fields, dict) or any(
+            type(value) not in (int, float) or not math.isfinite(value) or value < 0 for value in fields.values()
+        ):
+            raise ValueError("its cost is no set of numbers")
+        return cls(**{name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """A filter ticket of a residual network.
+    """A ticket of a residual network.
 
-    `selection` holds the kept filters of every residual block (all of them, for a block that was not pruned); `state` is the
-    physically smaller network: the same parameters and statistics as in the full network, without the other filters.
+    `state` is what to start from: of a filter or layer ticket the physically smaller network, of a weight ticket the whole one with
+    zeros; parameters, and statistics where the network that it was drawn from had some.
     """
 
     path: Path
-    architecture: Architecture
-    selection: dict[str, Tensor]
+    mask: Mask
     state: dict[str, Tensor]
     provenance: dict[str, Any]
-    """Method, ratio and so on, and the run it was drawn from."""
+    """Method, ratio and so on, cost, and the run it was drawn from."""
+    scores: dict[str, Tensor] | None = None
+    """What the units were ranked by, as the mask's tensors, larger being better; None where nothing was ranked."""
+
+    @property
+    def dense(self) -> Architecture:
+        """The network that it is a ticket of."""
+        return self.mask.dense
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.mask.architecture
 
     @property
     def hidden_widths(self) -> dict[str, int]:
-        return {name: len(kept) for name, kept in self.selection.items()}
+        return self.mask.hidden_widths
+
+    @property
+    def selection(self) -> dict[str, Tensor]:
+        """The kept filters of every block, of a filter ticket."""
+        if not isinstance(self.mask, FilterMask):
+            raise LoftError(f"{self.path} is a {self.mask.kind} ticket: it selects no filters")
+        return self.mask.selection
 
     @property
     def run_path(self) -> Path:
@@ -40,31 +88,31 @@ class Ticket:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the weights and, through their shapes, the widths: what tells one ticket from another."""
-        return checksum(self.state)
+        """SHA-256 over the weights (and, through their shapes, the widths), and over a mask of weights: what tells one ticket from another."""
+        masks = {f"mask/{name}": mask for name, mask in (self.mask.weights or {}).items()}
+        return checksum({**self.state, **masks})
 
-    def slice(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This ticket's part of another state of the full network, for instance its initialisation."""
-        groups = filter_groups(self.architecture)
-        parameters = {name: tensor for name, tensor in full.items() if name in self.state}
-        missing = [group.filters for group in groups if group.filters not in parameters]
-        if missing:
-            raise LoftError(f"the state to rewind to lacks {missing[0]}: it belongs to another network")
-        return slice_state(parameters, self.selection, groups)
+    @property
+    def cost(self) -> Cost:
+        return Cost.from_json(self.provenance.get("cost"))
+
+    def carve(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This ticket's part of another state of the dense network, for instance its initialisation."""
+        parameters = dict(full)
+        return self.mask.carve(parameters)
 
     def write(self) -> None:
         """Leave the ticket's folder on disk, complete or not at all. Raises LoftError if there is one already."""
         refuse_existing(self.path)
         temporary = self.path.with_name(f".{self.path.name}.new")
-        mask = {
-            group.name: torch.zeros(group.width, dtype=torch.uint8).index_fill(0, self.selection[group.name], 1)
-            for group in filter_groups(self.architecture)
-        }
-        write_tensors(temporary / "mask.safetensors", mask)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a write that was killed
+        write_tensors(temporary / "mask.safetensors", self.mask.tensors())
         write_tensors(temporary / "model.safetensors", self.state)
+        if self.scores is not None:
+            write_tensors(temporary / "scores.safetensors", self.scores)
         description = {
-            "kind": "filter ticket",
-            "architecture": self.architecture.to_json(),
+            "kind": f"{self.mask.kind} ticket",
+            "architecture": self.dense.to_json(),
             "hidden_widths": self.hidden_widths,
             **self.provenance,
         }
@@ -78,21 +126,33 @@ class Ticket:
             hint = "it is a run" if (path / "run.json").is_file() else "no ticket.json in it" if path.is_dir() else "no such folder"
             raise LoftError(f"{path} is no ticket ({hint}): give a folder that `loft prune` printed")
         description = read_json(path / "ticket.json")
+        kind = description.pop("kind", "filter ticket")
         try:
-            architecture = Architecture.from_json(description.pop("architecture"))
+            mask_kind = MASKS[re.sub(" ticket$", "", kind)]
+            dense = Architecture.from_json(description.pop("architecture"))
             widths = dict(description.pop("hidden_widths"))
+            Cost.from_json(description.get("cost"))
         except (KeyError, TypeError, ValueError) as problem:
-            raise LoftError(f"{path / 'ticket.json'} lacks its network or widths ({problem}): restore it or prune again") from None
-        masks = read_tensors(path / "mask.safetensors")
-        selection = {}
-        for group in filter_groups(architecture):
-            mask = masks.get(group.name)
-            if mask is None or mask.dtype != torch.uint8 or mask.shape != (group.width,) or mask.max() > 1 or not mask.any():
-                raise LoftError(f"{path / 'mask.safetensors'} holds no mask of 0 and 1 over the {group.width} filters of {group.name}")
-            selection[group.name] = mask.nonzero().flatten()
-            if widths.get(group.name) != len(selection[group.name]):
-                raise LoftError(f"{path / 'ticket.json'} and mask.safetensors disagree on {group.name}: restore them or prune again")
-        return cls(path, architecture, selection, read_tensors(path / "model.safetensors"), description)
+            raise LoftError(f"{path / 'ticket.json'} lacks its kind, network or widths ({problem}): restore it or prune again") from None
+        try:
+            mask = mask_kind.of(dense, read_tensors(path / "mask.safetensors"))
+        except ValueError as problem:
+            raise LoftError(f"{path / 'mask.safetensors'} holds {problem}") from None
+        for name, width in mask.hidden_widths.items():
+            if widths.get(name) != width:
+                raise LoftError(f"{path / 'ticket.json'} and mask.safetensors disagree on {name}: restore them or prune again")
+        return cls(path, mask, read_tensors(path / "model.safetensors"), description, _scores(path, mask))
+
+
+def _scores(path: Path, mask: Mask) -> dict[str, Tensor] | None:
+    file = path / "scores.safetensors"
+    if not file.exists():
+        return None
+    scores = read_tensors(file)
+    shapes = {name: tensor.shape for name, tensor in mask.tensors().items()}
+    if {name: tensor.shape for name, tensor in scores.items()} != shapes or any(scores[name].isnan().any() for name in scores):
+        raise LoftError(f"{file} does not score what the mask covers: restore it, or remove it")
+    return scores
 
 
 def refuse_existing(path: Path) -> None:

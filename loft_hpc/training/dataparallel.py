@@ -32,16 +32,25 @@ class DataParallel(Strategy):
     def __init__(
         self, architecture: Architecture, hidden_widths: Mapping[str, int] | None, initial: Mapping[str, Tensor],
         optimisation: Optimisation, data: DataSet, order: Order, total_steps: int, precision: str, device: torch.device, world: World,
+        mask: Mapping[str, Tensor] | None = None, batch_parts: int | None = None, skipped_steps: int = 0,
     ):  # fmt: skip
+        """`mask`: 0/1 over some of the parameters, which are held at zero where it is 0. `batch_parts`: see `Order.in_parts`.
+
+        `skipped_steps`: steps of the schedule and of the data that were done before; `total_steps` come after them.
+        """
         self.total_steps = total_steps
         self.steps_per_epoch = order.steps_per_epoch
-        self.batch_images = len(order.indices(0))
+        self.batch_images = sum(len(part.indices(0)) for part in order.in_parts(batch_parts))
         self.any_world_size = True
-        self._order, self._data, self._world = order, data, world
+        self._orders, self._batch, self._data, self._world = order.in_parts(batch_parts), order.batch_size, data, world
+        self.skipped_steps = skipped_steps
         self._groups = filter_groups(architecture)
         network = network_for(architecture, hidden_widths, initial, device, "the initial state")
         self._buffer = ParameterBuffer(dict(network.named_parameters()))
-        self._trainer = Trainer(network, (self._buffer,), optimisation, total_steps, precision)
+        self._trainer = Trainer(network, (self._buffer,), optimisation, total_steps, precision, skipped_steps)
+        self._mask = None if mask is None else flat_mask(mask, self._buffer)
+        if self._mask is not None:
+            self._buffer.values.mul_(self._mask)
         self._step = 0
         self._exchange_seconds = 0.0
         world.broadcast_(self._buffer.values, "shared")()
@@ -50,9 +59,9 @@ class DataParallel(Strategy):
         steps = min(STRETCH_STEPS, (limit or self.total_steps) - self._step, self.total_steps - self._step)
         self._exchange_seconds = 0.0
         losses = self._trainer.steps(
-            self._world.paced(self._data.train_batches(self._order, self._step, steps)),
+            self._world.paced(self._data.train_parts(self._orders, self._step + self.skipped_steps, steps)),
             self._step,
-            global_batch=self._order.batch_size,
+            global_batch=self._batch,
             combine_gradients=self._sum_gradients,
         )
         total, diverged_at = summed(losses, self._step)
@@ -64,6 +73,9 @@ class DataParallel(Strategy):
         start = time.perf_counter()
         self._world.all_reduce_(self._buffer.gradient, "gradient")()
         self._exchange_seconds += time.perf_counter() - start
+        if self._mask is not None:
+            # where the weight and its gradient are zero, momentum and weight decay stay zero too: nothing revives it
+            self._buffer.gradient.mul_(self._mask)
 
     def full_state(self) -> dict[str, Tensor]:
         return {name: view.clone() for name, view in self._buffer.views.items()}
@@ -87,3 +99,12 @@ class DataParallel(Strategy):
         for name, target in targets.items():
             target.copy_(tensors[name])
         self._step = checkpoint.step
+
+
+def flat_mask(mask: Mapping[str, Tensor], buffer: ParameterBuffer) -> Tensor:
+    """A mask over named parameters, laid out as the buffer; 1 for parameters that it does not name."""
+    flat = torch.ones_like(buffer.values)
+    for name, view in buffer.layout.views(flat).items():
+        if name in mask:
+            view.copy_(mask[name])
+    return flat

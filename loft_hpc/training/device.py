@@ -35,7 +35,7 @@ def place(wanted: str, precision: str, world: World) -> tuple[torch.device, Plac
     device = torch.device("cuda", world.local_rank % gpus) if gpus else torch.device("cpu")
     direct = _gpus_to_themselves(device, world) and world.nccl
     world.use_device(device, direct)
-    threads = _share_of_cores(world)
+    threads = world.threads = world.threads or _share_of_cores(world)
     torch.set_num_threads(threads)
     return device, Placement(str(device), threads, gpus, bool(gpus) and not direct)
 

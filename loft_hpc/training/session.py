@@ -1,9 +1,10 @@
 """From the first step to the last: epochs, evaluation, snapshots, checkpoints and the log, whatever the strategy."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,9 @@ class Session:
         self, strategy: Strategy, architecture: Architecture, hidden_widths: Mapping[str, int] | None, data: DataSet,
         optimisation: Optimisation, evaluation: Evaluation, snapshots: Snapshots, checkpointing: Checkpointing,
         run: Run, world: World, device: torch.device, oversight: Oversight, observer: Observer | None = None,
+        account: Callable[[], Mapping[str, Any]] | None = None,
     ):  # fmt: skip
+        """`account`: collective; what else to record of this leg of the training when it ends, for instance its energy."""
         self._strategy, self._data, self._world, self._watcher = strategy, data, world, oversight.watcher
         self._run = run if world.rank == 0 else None
         self._path = run.path
@@ -53,7 +56,7 @@ class Session:
         self._full_snapshots, self._snapshot_name = snapshots.snapshot_tensors, run.snapshots.name
         self._calendar = Calendar.of(strategy.total_steps, strategy.steps_per_epoch, evaluation, snapshots, checkpointing)
         self._kept = checkpointing.keep_checkpoints
-        self._watched, self._observer = observer is not None, observer
+        self._watched, self._observer, self._account = observer is not None, observer, account
         self._distance: float | None = None
         # One full network for evaluations, filled anew each time.
         self._network = network_for(architecture, hidden_widths, strategy.full_state(), device, "the initial state")
@@ -78,6 +81,7 @@ class Session:
             if self._run:
                 self._run.forget_after(self._step if checkpoint else -1)
             outcome = self._train()
+            self._record_leg()
         if self._run:
             score = outcome.score
             results = {"accuracy": score.accuracy, "test_loss": score.loss, "wall_seconds": outcome.wall_seconds}
@@ -140,11 +144,18 @@ class Session:
             self._run.write_model(self._network.state_dict())
         return Outcome(score, self._clock.seconds, self._step, stopped_early=self._step < total)
 
+    def _record_leg(self) -> None:
+        if self._account is not None:
+            fields = self._account()
+            if self._run:
+                self._run.add_leg(fields)
+
     def _leave(self) -> None:
         """End here, because some rank was told to. Raises Interrupted on all of them, with everything on disk to go on from."""
+        self._record_leg()
         if self._run:
             self._run.interrupt(self._step)
-        raise Interrupted(f"{self._path}: told to end, checkpoint written after step {self._step}; go on with --resume")
+        raise Interrupted(f"{self._path}: told to end, checkpoint written after step {self._step}")
 
     def _snapshot(self, last: bool) -> bool:
         """Record the filters' scores, and the full network where it is asked for; whether the observer wants to stop here.
@@ -177,7 +188,7 @@ class Session:
         loss, score = self._mean_over_ranks(stretch.mean_loss), None
         self._rounds.flush()
         self._log(
-            "epoch", epoch=epoch, step=step, loss=loss, lr=self._optimisation.lr_at(step - 1, self._strategy.total_steps),
+            "epoch", epoch=epoch, step=step, loss=loss, lr=self._lr_after(step),
             train_wall_seconds=stretch.seconds, exchange_seconds=stretch.exchange_seconds,
             images_per_second_per_rank=stretch.steps * self._strategy.batch_images / stretch.seconds,
         )  # fmt: skip
@@ -188,6 +199,10 @@ class Session:
         self._watcher.epoch_ended(epoch, epochs, loss, score, self._distance, stretch.seconds)
         self._stretch = Stretch(step)
         return score
+
+    def _lr_after(self, step: int) -> float:
+        skipped = self._strategy.skipped_steps
+        return self._optimisation.lr_at(step - 1 + skipped, self._strategy.total_steps + skipped)
 
     def _write_checkpoint(self, asked_for: bool) -> None:
         """Everything to go on from, at the end of an epoch or in the middle of one; `asked_for` by whoever told the run to end."""

@@ -77,6 +77,8 @@ class Strategy(ABC):
     """Whether a checkpoint of another number of ranks can be gone on with."""
     batch_images: int
     """Images that this rank sees in a step."""
+    skipped_steps: int = 0
+    """Steps of the schedule that lie before the first one, where the training begins in its middle."""
     expected_rounds: int = 0
     """Rounds in the whole training, where the strategy has rounds."""
 

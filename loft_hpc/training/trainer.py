@@ -31,7 +31,9 @@ def stop_statistics(network: nn.Module) -> None:
 class FlatSGD:
     """torch's SGD over flat buffers, with a learning rate that is a function of the step."""
 
-    def __init__(self, buffers: Sequence[ParameterBuffer], optimisation: Optimisation, total_steps: int):
+    def __init__(self, buffers: Sequence[ParameterBuffer], optimisation: Optimisation, total_steps: int, skipped_steps: int = 0):
+        """`skipped_steps`: how far into the schedule the first step stands, which is `total_steps` longer then."""
+        self._skipped = skipped_steps
         self._buffers = [buffer for buffer in buffers if buffer.layout.numel]
         self._optimisation = optimisation
         self._total_steps = total_steps
@@ -51,7 +53,7 @@ class FlatSGD:
     def step(self, number: int) -> None:
         """Update the parameters; `number` counts from 0 over the whole training."""
         for group in self._sgd.param_groups:
-            group["lr"] = self._optimisation.lr_at(number, self._total_steps)
+            group["lr"] = self._optimisation.lr_at(number + self._skipped, self._total_steps + self._skipped)
         self._sgd.step()
 
     def reset_momentum(self) -> None:
@@ -63,12 +65,13 @@ class Trainer:
     """A network, its parameters in flat buffers, and SGD over those buffers."""
 
     def __init__(
-        self, network: nn.Module, buffers: Sequence[ParameterBuffer], optimisation: Optimisation, total_steps: int, precision: str
-    ):
+        self, network: nn.Module, buffers: Sequence[ParameterBuffer], optimisation: Optimisation, total_steps: int, precision: str,
+        skipped_steps: int = 0,
+    ):  # fmt: skip
         self.network = network
         self._device = next(network.parameters()).device
         self._autocast = precision == "bfloat16"
-        self._sgd = FlatSGD(buffers, optimisation, total_steps)
+        self._sgd = FlatSGD(buffers, optimisation, total_steps, skipped_steps)
         stop_statistics(network)
         network.train()
 
@@ -77,25 +80,32 @@ class Trainer:
 
     def steps(
         self,
-        batches: Iterable[Batch],
+        batches: Iterable[Sequence[Batch]],
         first_step: int,
         global_batch: int | None = None,
         combine_gradients: Callable[[], None] | None = None,
     ) -> Tensor:
         """One SGD step on each batch, `first_step` being the first one's number; returns their losses, (steps,).
 
-        With `global_batch`, a batch is this rank's part of one of that size: its loss is divided by the whole batch's size, and
-        `combine_gradients` sums the gradients over the ranks before each step.
+        A batch comes in parts, usually one; each goes through the network by itself. With `global_batch`, it is this rank's share of one of
+        that size: its loss is divided by the whole batch's size, and `combine_gradients` sums the gradients over the ranks before each step.
         """
         losses = []
-        for step, (images, labels) in enumerate(batches, start=first_step):
+        for step, parts in enumerate(batches, start=first_step):
             self._sgd.zero_gradients()
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self._autocast):
-                output = self.network(images)
-            loss = F.cross_entropy(output.float(), labels, reduction="sum") / (global_batch or len(labels))
-            loss.backward()
+            images = global_batch or sum(len(labels) for _, labels in parts)
+            losses.append(sum(accumulate_gradients(self.network, part, images, self._autocast) for part in parts))
             if combine_gradients:
                 combine_gradients()
             self._sgd.step(step)
-            losses.append(loss.detach())
         return torch.stack(losses)
+
+
+def accumulate_gradients(network: nn.Module, part: Batch, batch_images: int, autocast: bool) -> Tensor:
+    """Add the gradients of a part of a batch of `batch_images`; returns its share of the mean loss."""
+    images, labels = part
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+        output = network(images)
+    loss = F.cross_entropy(output.float(), labels, reduction="sum") / batch_images
+    loss.backward()
+    return loss.detach()

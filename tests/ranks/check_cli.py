@@ -16,7 +16,7 @@ from loft_hpc.tickets.ticket import Ticket
 
 from tiny import tiny
 
-SIZES = (1, 2)
+SIZES = (2,)
 SMALL = ["--model", "resnet20", "--batch-size", "128", "--statistics-batches", "2"]
 QUICK = [*SMALL, "--epochs", "2"]
 
@@ -140,7 +140,7 @@ def test_retrain_and_its_rewinds(world, capsys, folder, pruned):
         source = (
             ticket.state
             if rewind == "none"
-            else ticket.slice(Run.open(ticket.run_path).snapshots.read("epoch-001" if rewind == "epoch:1" else "epoch-000"))
+            else ticket.carve(Run.open(ticket.run_path).snapshots.read("epoch-001" if rewind == "epoch:1" else "epoch-000"))
         )
         assert all(torch.equal(start[name], source[name]) for name in start)
 

@@ -13,7 +13,7 @@ from loft_hpc.models.groups import filter_groups, partitioned_groups
 
 from tiny import CPU, initial_state
 
-SIZES = (2, 3, 4)
+SIZES = (3,)
 
 
 def any_architecture(seed: int, workers: int) -> Architecture:

@@ -14,7 +14,8 @@ from loft_hpc.data.registry import open_data
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.models.groups import filter_groups, slice_state
 from loft_hpc.runs.run import Run
-from loft_hpc.tickets.finders import Pruning, magnitude, random
+from loft_hpc.tickets.finders.magnitude import MagnitudeOptions, largest_filters
+from loft_hpc.tickets.finders.random import random_filters
 from loft_hpc.training.evaluation import judge, network_for
 
 from tiny import CPU
@@ -62,8 +63,8 @@ def advantage(world, trained):
             network = network_for(origin.architecture, widths, slice_state(state, selection, groups), CPU, "the ticket")
             return 100 * judge(network, data, settings.evaluation, world).accuracy
 
-        largest = magnitude(state, groups, Pruning(ratio, scope=scope))
-        drawn = [random(state, groups, Pruning(ratio, method="random", seed=seed)) for seed in DRAWS]
+        largest = largest_filters(state, groups, ratio, MagnitudeOptions(scope=scope))
+        drawn = [random_filters(groups, ratio, seed) for seed in DRAWS]
         kept = sum(map(len, largest.values()))
         assert all(abs(sum(map(len, one.values())) - kept) <= len(groups) for one in drawn)  # whole filters in every group
         return score(largest) - statistics.mean(map(score, drawn))

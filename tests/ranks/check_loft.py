@@ -21,7 +21,7 @@ from loft_hpc.training.settings import Optimisation
 
 from tiny import CPU, initial_state, make_loft, tiny
 
-SIZES = (1, 2, 3, 4)
+SIZES = (1, 3)
 
 RULES = pytest.mark.parametrize("rule", ["paper", "all-blocks"])
 MOMENTA = pytest.mark.parametrize("momentum", ["reset", "carry"])

@@ -1,0 +1,92 @@
+"""`loft compare`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loft_hpc.cli.context import Job, Report
+from loft_hpc.cli.measuring import measure_options, measure_settings
+from loft_hpc.cli.options import device_option, moved_data_option, plot_option
+from loft_hpc.jobs.compare import Contender, compare, to_fields
+
+
+@click.command("compare")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
+@measure_options(energy=True, robustness=True)
+@moved_data_option
+@plot_option("accuracy after retraining over density, with 95 % intervals.")
+@device_option
+@click.option(
+    "--format", type=click.Choice(["table", "json", "csv", "latex"]), default="table", show_default=True, help="How results are printed."
+)
+@click.pass_context
+def command(
+    context: click.Context, runs: tuple[str, ...], data_dir: str | None, plot: Path | None, device: str, format: str, **options: Any
+) -> None:
+    """One table of retrained tickets, whatever found them: accuracy, size, cost of finding, latency, memory, energy, robustness.
+
+    RUNs are those of loft retrain, and of loft pretrain for the dense networks. Runs that differ in their seed alone make one row; latency,
+    memory, energy and robustness are then those of the first. Density is the share of the dense network's parameters (the poster and this
+    program speak of pruning ratios, the share removed; the Gem-Miner paper calls the density sparsity).
+
+    Example: loft compare runs/* --plot accuracy.png
+    """
+    job: Job = context.obj
+    settings = measure_settings(options)
+    if len({Path(run).resolve() for run in runs}) < len(runs):
+        raise click.UsageError("a run is given twice")
+    job.join()
+    contenders = compare([Path(run) for run in runs], settings, data_dir, device, job.world)
+    contenders = sorted(contenders, key=lambda one: (one.kind != "dense", -one.density, one.label))
+    if plot:
+        from loft_hpc.analysis.plots import plot_tickets
+
+        job.once(lambda: plot_tickets(contenders, plot))
+    records = [to_fields(one, settings.carbon_intensity) for one in contenders]
+    header = [
+        "method", "kind", "density", "FLOPs", "accuracy, %", "runs", "against dense, points", "epochs to find", "GB sent to find", "speed-up",
+        "training memory", "energy saved", "FGSM, %", "PGD, %", "corrupted, %",
+    ]  # fmt: skip
+    notes = [
+        "density: parameters that stay; FLOPs: share of the dense network's, a multiply-add counting 2, weights that are masked left out",
+        f"intervals: 95 %, Student; speed-up: latency of {settings.latency_batch} images, dense over ticket",
+    ]
+    if settings.energy:
+        spent = contenders[0].measured.energy[0].energy
+        notes.append(f"energy of inference from {spent.source}" + ("" if spent.measured else ": an estimate, not a measurement"))
+    if settings.robustness:
+        notes.append(
+            f"FGSM and PGD: epsilon {settings.epsilon:.4g} of the pixel range; corrupted: mean over corruptions and severities "
+            + ", ".join(map(str, settings.severities))
+        )
+    report = Report(header, [_row(one) for one in contenders], records, notes)
+    job.show(format, {"tickets": records}, report.printed(format))
+
+
+def _row(one: Contender) -> list[str]:
+    fields = to_fields(one)
+
+    def per_cent(value: float | None, digits: int = 1) -> str:
+        return "" if value is None else f"{100 * value:.{digits}f}"
+
+    def interval(value: float | None, half: float | None, form: str) -> str:
+        return "" if value is None else form.format(value) + ("" if half is None else f" +- {half:.2f}")
+
+    return [
+        one.label,
+        one.kind,
+        f"{per_cent(one.density, 2)} %",
+        f"{per_cent(fields['flops_share'])} %",
+        interval(100 * one.mean, None if fields["accuracy_half_width"] is None else 100 * one.half_width, "{:.2f}"),
+        str(len(one.paths)),
+        "" if one.kind == "dense" else interval(fields["against_dense_points"], fields["against_dense_half_width_points"], "{:+.2f}"),
+        f"{one.cost.epochs:.1f}",
+        f"{one.cost.payload_bytes / 1e9:.2f}",
+        f"{fields['speedup']:.2f}x",
+        f"{per_cent(fields['training_memory_share'])} %",
+        "" if fields["energy_saved_share"] is None else f"{per_cent(fields['energy_saved_share'])} %",
+        per_cent(fields.get("accuracy_fgsm")),
+        per_cent(fields.get("accuracy_pgd")),
+        per_cent(fields["accuracy_corrupted"]),
+    ]

@@ -1,0 +1,85 @@
+"""Exact numbers: how many units of each layer stay, and which, given their scores.
+
+A layer is any named set of units: the filters of a block, the weights of a convolution. Scores are (units,) numpy arrays, larger being
+better; of equal scores the lower index stays, so that a count is met whatever the scores are.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from loft_hpc.errors import LoftError
+from loft_hpc.models.scores import removed_count
+
+Layers = Mapping[str, np.ndarray]
+ROUNDS_TO_NOTHING = 0.5
+
+
+def kept_count(units: int, ratio: float) -> int:
+    """Units of a layer that stay: the ratio of removed ones is rounded down to whole units, so never none."""
+    return units - removed_count(units, ratio)
+
+
+def kept_of_each(sizes: Mapping[str, int], ratio: float, what: str) -> dict[str, int]:
+    """The same ratio in every layer. Raises LoftError where less than half a unit (`what`) of a layer would be left; a single one stays."""
+    vanishing = [name for name, units in sizes.items() if units > 1 and units * (1 - ratio) < ROUNDS_TO_NOTHING]
+    if vanishing:
+        smallest = min(vanishing, key=lambda name: sizes[name])
+        raise _too_small(ratio, smallest, f"has {sizes[smallest]} {what}", ROUNDS_TO_NOTHING / sizes[smallest])
+    return {name: kept_count(units, ratio) for name, units in sizes.items()}
+
+
+def kept_of_all(sizes: Mapping[str, int], ratio: float, what: str, weakest: str | None = None) -> int:
+    """One count over all layers, in which there is at least one unit for each. Raises LoftError where there is not.
+
+    `weakest`: the layer that would be the first to lose all; by default the smallest.
+    """
+    total = sum(sizes.values())
+    keep = kept_count(total, ratio)
+    if keep < len(sizes):
+        name = weakest or min(sizes, key=lambda name: sizes[name])
+        raise _too_small(
+            ratio, name, f"is one of {len(sizes)} layers with {total} {what} together, of which {keep} stay", len(sizes) / total
+        )
+    return keep
+
+
+def _too_small(ratio: float, name: str, why: str, smallest: float) -> LoftError:
+    digits = 3 - math.floor(math.log10(smallest))
+    most = math.floor((1 - smallest) * 10**digits) / 10**digits
+    return LoftError(
+        f"density {1 - ratio:.4g} (--ratio {ratio:.10g}) is too small for this network: {name}, which {why}, would vanish; "
+        f"the smallest density possible is {1 - most:.4g}: give --ratio {most:.10g} or less"
+    )
+
+
+def largest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Sorted indices of the `count` largest."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def largest_of_all(layers: Layers, ratio: float, floor: float, at_least: int, what: str) -> dict[str, np.ndarray]:
+    """Sorted indices of what stays of every layer when one ranking is made over all of them.
+
+    `floor` is the share of its units that every layer keeps in any case, rounded up, and `at_least` their least number.
+    """
+    sizes = {name: len(scores) for name, scores in layers.items()}
+    weakest = min(layers, key=lambda name: float(layers[name].max()))
+    keep = kept_of_all(sizes, ratio, what, weakest)
+    floors = {name: max(at_least, math.ceil(round(floor * units, 9))) for name, units in sizes.items()}
+    needed = sum(floors.values())
+    if needed > keep:
+        raise LoftError(
+            f"--ratio {ratio:g} keeps {keep} of {sum(sizes.values())} {what}, but the floors of the layers need {needed} "
+            f"(of {weakest}, which would lose most, {floors[weakest]}): lower --floor, or give --ratio {1 - needed / sum(sizes.values()):.4g} or less"
+        )
+    starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
+    together = np.concatenate(list(layers.values())).astype(np.float64)
+    safe = [starts[name] + largest(scores, floors[name]) for name, scores in layers.items() if floors[name]]
+    chosen = np.zeros(len(together), dtype=bool)
+    if safe:
+        chosen[np.concatenate(safe)] = True
+    order = np.argsort(-together, kind="stable")
+    chosen[order[~chosen[order]][: keep - needed]] = True
+    return {name: np.flatnonzero(chosen[starts[name] : starts[name] + units]) for name, units in sizes.items()}

@@ -1,0 +1,7 @@
+"""The finders, one file each; importing this package makes all of them known to `tickets.pruning.FINDERS`."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
