@@ -7,6 +7,7 @@ import click
 
 from loft_hpc.cli.context import Job, format_option, table, tell
 from loft_hpc.cli.options import (
+    NEVER,
     batch_parts_option,
     device_option,
     fill,
@@ -15,6 +16,7 @@ from loft_hpc.cli.options import (
     optimisation_options,
     option,
     precision_option,
+    refuse_path,
 )
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
@@ -24,9 +26,6 @@ from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, ticket_data
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
-
-NEVER = 1_000_000
-"""Epochs between evaluations where only the last one counts."""
 
 
 class CheckProgress:
@@ -68,8 +67,7 @@ def command(context: click.Context, ticket: str, data_dir: str | None, format: s
     """
     job: Job = context.obj
     settings = fill(CheckSettings, options)
-    if not settings.name or settings.name != Path(settings.name).name or settings.name.startswith("."):
-        raise click.UsageError(f"--name '{settings.name}' is no plain folder name")
+    refuse_path(settings.name)
     parts = {
         "optimisation": fill(Optimisation, options),
         "evaluation": fill(Evaluation, options | {"evaluate_every": NEVER}),

@@ -14,6 +14,15 @@ from loft_hpc.training.settings import PRECISIONS, SCHEDULES, Checkpointing, Com
 
 Decorator = Callable[[Callable], Callable]
 
+NEVER = 1_000_000
+"""Epochs between evaluations where only the last one counts."""
+
+
+def refuse_path(name: str | None) -> None:
+    """Raises UsageError where --name is no name of a folder in its place; none at all is well."""
+    if name is not None and (not name or name != Path(name).name or name.startswith(".")):
+        raise click.UsageError(f"--name '{name}' is no plain folder name")
+
 
 def default(settings: type, name: str) -> Any:
     """A settings field's default, which is the option's too."""

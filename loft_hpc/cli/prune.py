@@ -8,7 +8,7 @@ import click
 
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
-from loft_hpc.cli.options import batch_parts_option, device_option, fill, moved_data_option, supervision_options
+from loft_hpc.cli.options import batch_parts_option, device_option, fill, moved_data_option, refuse_path, supervision_options
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.pruning import finder_options, prunings_of
@@ -79,8 +79,7 @@ def command(
     supervision = fill(Supervision, options)
     if len(set(ratios)) < len(ratios):
         raise click.UsageError("the same --ratio is given twice")
-    if name is not None and (not name or name != Path(name).name or name.startswith(".")):
-        raise click.UsageError(f"--name '{name}' is no plain folder name")
+    refuse_path(name)
     around = Surroundings(
         job.world, Oversight(Progress(job.speaks and format == "table"), job.interruption, supervision), data_dir, device, batch_parts
     )

@@ -8,6 +8,7 @@ import click
 
 from loft_hpc.cli.context import Job, format_option, table, tell
 from loft_hpc.cli.options import (
+    NEVER,
     device_option,
     fill,
     judging_options,
@@ -16,6 +17,7 @@ from loft_hpc.cli.options import (
     option,
     plot_option,
     precision_option,
+    refuse_path,
 )
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
@@ -27,9 +29,6 @@ from loft_hpc.jobs.sweep import EVERY, Point, SweepSettings, sweep
 from loft_hpc.runs.run import Run
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
-
-NEVER = 1_000_000
-"""Epochs between evaluations: each retraining is judged at its end alone."""
 
 
 class SweepProgress:
@@ -94,8 +93,7 @@ def command(
         raise click.UsageError("a run, --ratio or --at is given twice")
     if EVERY in at and len(at) > 1:
         raise click.UsageError("--at every stands for all snapshots: give it alone")
-    if not name or name != Path(name).name or name.startswith("."):
-        raise click.UsageError(f"--name '{name}' is no plain folder name")
+    refuse_path(name)
     parts = {
         "optimisation": fill(Optimisation, options),
         "evaluation": fill(Evaluation, options | {"evaluate_every": NEVER}),

@@ -64,5 +64,17 @@ def flatten(settings: Any) -> dict[str, Any]:
     return leaves
 
 
+ANYWHERE = ("data_dir", "download", "loader_workers", "device")
+"""Settings that say where the data lie and what computes: no part of a recipe."""
+
+
+def leaves(fields: dict) -> dict[str, Any]:
+    """The same of what `to_json` gives, tuples as the lists that a file has."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        found |= leaves(value) if isinstance(value, dict) else {name: list(value) if isinstance(value, tuple) else value}
+    return found
+
+
 def _has_default(field: dataclasses.Field) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING

@@ -18,7 +18,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.jobs.cost import cost_of
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.retrain import snapshot_name
-from loft_hpc.jobs.settings import to_json
+from loft_hpc.jobs.settings import ANYWHERE, leaves, to_json
 from loft_hpc.jobs.training_run import destination, prepare, train_into
 from loft_hpc.models.groups import FilterGroup, filter_groups
 from loft_hpc.models.resnet import ResidualNetwork
@@ -160,22 +160,12 @@ class RunSource:
         )  # fmt: skip
 
 
-_ANYWHERE = ("data_dir", "download", "loader_workers", "device")
-
-
 def _refuse_other_search(run: Run, settings: SearchSettings, details: dict) -> None:
     """A search goes on as it was begun. Raises LoftError, naming the first difference."""
-    before = _leaves(run.configuration) | _leaves({"search": run.description.get("search") or {}})
-    now = _leaves(to_json(settings)) | _leaves({"search": details})
+    before = leaves(run.configuration) | leaves({"search": run.description.get("search") or {}})
+    now = leaves(to_json(settings)) | leaves({"search": details})
     for name, value in now.items():
-        if name not in _ANYWHERE and before.get(name) != value:
+        if name not in ANYWHERE and before.get(name) != value:
             raise LoftError(
                 f"{run.path} was searched with {name.replace('_', ' ')} {before.get(name)}, not {value}: repeat that, or give another --name"
             )
-
-
-def _leaves(fields: dict) -> dict[str, Any]:
-    found = {}
-    for name, value in fields.items():
-        found |= _leaves(value) if isinstance(value, dict) else {name: list(value) if isinstance(value, tuple) else value}
-    return found

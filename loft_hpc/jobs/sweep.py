@@ -14,7 +14,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.files import read_json
 from loft_hpc.jobs.prune import draw_tickets, ticket_name
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
-from loft_hpc.jobs.settings import to_json
+from loft_hpc.jobs.settings import ANYWHERE, leaves, to_json
 from loft_hpc.jobs.source import Surroundings
 from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
@@ -129,24 +129,17 @@ def _agree_on_recipe(run: Run, name: str, recipe: RetrainSettings, world: World)
         if not file.exists():
             run.write_sweep(name, fields)
             return
-        differing = _first_difference(_leaves(read_json(file)), _leaves(fields))
+        differing = _first_difference(leaves(read_json(file)), leaves(fields))
         if differing:
             raise LoftError(f"{file.parent} was made with {differing}: repeat that, or give this sweep a --name of its own")
 
     world.on_root(check)
 
 
-def _leaves(fields: dict) -> dict[str, Any]:
-    found = {}
-    for name, value in fields.items():
-        found |= _leaves(value) if isinstance(value, dict) else {name: list(value) if isinstance(value, tuple) else value}
-    return found
-
-
 def _first_difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
     """As an option; where the data lie and what computes is no part of a recipe."""
     for name, value in earlier.items():
-        if name in now and name not in ("data_dir", "download", "loader_workers", "device") and now[name] != value:
+        if name in now and name not in ANYWHERE and now[name] != value:
             if name == "world_size":
                 return f"{value} ranks"
             option = {"seed": "retrain-seed", "milestones": "milestone"}.get(name, name.replace("_", "-"))

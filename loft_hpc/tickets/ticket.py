@@ -98,8 +98,7 @@ class Ticket:
 
     def carve(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This ticket's part of another state of the dense network, for instance its initialisation."""
-        parameters = dict(full)
-        return self.mask.carve(parameters)
+        return self.mask.carve(full)
 
     def write(self) -> None:
         """Leave the ticket's folder on disk, complete or not at all. Raises LoftError if there is one already."""
