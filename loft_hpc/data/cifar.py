@@ -23,7 +23,8 @@ def cifar(name: str, folder: Path, download: bool, device: torch.device, world: 
     reader = READERS[name]
     if download:
         world.on_root(lambda: _download(reader, folder))
-    train, test = _read(name, folder, train=True), _read(name, folder, train=False)
+    sources = [_read(name, folder, train=train) for train in (True, False)]
+    train, test = (_batch(source) for source in sources)
     mean, std = STATISTICS[name]
     info = DataInfo(
         name=name,
@@ -34,12 +35,15 @@ def cifar(name: str, folder: Path, download: bool, device: torch.device, world: 
         train_images=len(train[0]),
         test_images=len(test[0]),
         fingerprint=fingerprint(*train, *test),
+        classes=tuple(sources[0].classes),
+        mean=mean,
+        std=std,
     )
     augmentation = Augmentation(padding=4, flip=True, mean=mean, std=std)
     return TensorDataSet(info, train, test, augmentation, PixelRange.normalised(mean, std), device)
 
 
-def _read(name: str, folder: Path, train: bool) -> Batch:
+def _read(name: str, folder: Path, train: bool) -> datasets.CIFAR10:
     reader = READERS[name]
     inside = folder / reader.base_folder
     if not inside.is_dir():
@@ -47,11 +51,14 @@ def _read(name: str, folder: Path, train: bool) -> Batch:
             f"no {name} in {folder} (looked for {inside}): add --download, or unpack {reader.filename} there and name the folder with --data-dir"
         )
     try:
-        source = reader(folder, train=train)
+        return reader(folder, train=train)
     except (RuntimeError, OSError, EOFError) as problem:
         raise LoftError(
             f"the {name} files in {inside} are incomplete or corrupt ({_line(problem)}): delete them and add --download"
         ) from None
+
+
+def _batch(source: datasets.CIFAR10) -> Batch:
     return torch.from_numpy(source.data).permute(0, 3, 1, 2), torch.tensor(source.targets)
 
 

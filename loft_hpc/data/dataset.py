@@ -33,6 +33,12 @@ class DataInfo:
     """SHA-256 over the images (their names, for folders): two runs with the same one saw the same data."""
     synthetic: bool = False
     """Random images for benchmarks: an accuracy on them means nothing."""
+    classes: tuple[str, ...] = ()
+    """Class names by label; empty where labels come as numbers alone."""
+    mean: tuple[float, ...] | None = None
+    """Network input is (pixel - `mean`) / `std`, channel by channel, of pixels from 0 (black) to 1 (white); None where each image is
+    normalised by itself."""
+    std: tuple[float, ...] | None = None
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -51,6 +57,13 @@ class PixelRange:
     def normalised(cls, mean: tuple[float, ...], std: tuple[float, ...]) -> "PixelRange":
         """That of network input (pixel - mean) / std, with both given in the unit of pixels."""
         return cls(tuple(1 / s for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True)))
+
+    @property
+    def mean_and_std(self) -> dict[str, tuple[float, ...] | None]:
+        """The same as `DataInfo` says it."""
+        if self.low is None:
+            return {"mean": None, "std": None}
+        return {"mean": tuple(-low / unit for low, unit in zip(self.low, self.unit, strict=True)), "std": tuple(1 / unit for unit in self.unit)}
 
     def step(self, images: Tensor, epsilon: float) -> Tensor:
         """How far `epsilon` of the pixel range reaches in network input such as `images`, (C, 1, 1)."""

@@ -16,6 +16,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import stem_for
 
 DIGITS_TEST_IMAGES = 360
+_NUMBERS = tuple("0123456789")
 
 TEXTURE_IMAGES = (
     "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png", "coins.png",
@@ -44,7 +45,7 @@ def digits(device: torch.device) -> TensorDataSet:
     test = images[-DIGITS_TEST_IMAGES:], labels[-DIGITS_TEST_IMAGES:]
     # Handwriting mirrored is no digit, so no flip; one pixel of an 8x8 image is a shift as large as 4 of 32.
     augmentation = Augmentation(padding=1, flip=False, background=-mean / deviation)
-    return _in_memory("digits", 10, train, test, augmentation, PixelRange.normalised((mean / 16,), (deviation / 16,)), device)
+    return _in_memory("digits", _NUMBERS, train, test, augmentation, PixelRange.normalised((mean / 16,), (deviation / 16,)), device)
 
 
 def _digits_table() -> np.ndarray:
@@ -83,7 +84,8 @@ def textures(device: torch.device, size: int = 32) -> TensorDataSet:
         parts["train"].append(_patches(grey[:, :middle], size, TEXTURE_TRAIN_PATCHES, draw))
         parts["test"].append(_patches(grey[:, middle:], size, TEXTURE_TEST_PATCHES, draw))
     train, test = ((torch.cat(patches), torch.arange(len(patches)).repeat_interleave(len(patches[0]))) for patches in parts.values())
-    return _in_memory("textures", len(TEXTURE_IMAGES), train, test, Augmentation(padding=size // 8, flip=True), BY_ITSELF, device)
+    classes = tuple(file.rpartition(".")[0] for file in TEXTURE_IMAGES)
+    return _in_memory("textures", classes, train, test, Augmentation(padding=size // 8, flip=True), BY_ITSELF, device)
 
 
 def _patches(image: np.ndarray, size: int, count: int, draw: np.random.RandomState) -> Tensor:
@@ -106,14 +108,14 @@ def synthetic(device: torch.device, size: int = 32) -> TensorDataSet:
     images = torch.randn(2500, 3, size, size, generator=draw)
     labels = torch.randint(10, (2500,), generator=draw)
     return _in_memory(
-        "synthetic", 10, (images[:2000], labels[:2000]), (images[2000:], labels[2000:]),
+        "synthetic", _NUMBERS, (images[:2000], labels[:2000]), (images[2000:], labels[2000:]),
         Augmentation(padding=size // 8, flip=True), BY_ITSELF, device, synthetic=True,
     )  # fmt: skip
 
 
 def _in_memory(
     name: str,
-    classes: int,
+    classes: tuple[str, ...],
     train: Batch,
     test: Batch,
     augmentation: Augmentation,
@@ -124,7 +126,7 @@ def _in_memory(
     size = train[0].shape[-1]
     info = DataInfo(
         name=name,
-        num_classes=classes,
+        num_classes=len(classes),
         channels=train[0].shape[1],
         image_size=size,
         stem=stem_for(size),
@@ -132,5 +134,7 @@ def _in_memory(
         test_images=len(test[0]),
         fingerprint=fingerprint(*train, *test),
         synthetic=synthetic,
+        classes=classes,
+        **pixels.mean_and_std,
     )
     return TensorDataSet(info, train, test, augmentation, pixels, device)

@@ -46,6 +46,9 @@ class FolderDataSet(DataSet):
             train_images=len(train),
             test_images=len(test),
             fingerprint=fingerprint_of((train, test)),
+            classes=tuple(train.classes),
+            mean=NORMALISATION.mean,
+            std=NORMALISATION.std,
         )
 
     def train_batches(self, order: Order, first_step: int, steps: int) -> Iterator[Batch]:
