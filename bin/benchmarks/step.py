@@ -19,6 +19,7 @@ from loft_hpc.models.architecture import MODEL_NAMES, architecture
 from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.models.resnet import build
 from loft_hpc.training.buffers import ParameterBuffer
+from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.settings import Optimisation
 from loft_hpc.training.trainer import Trainer
 
@@ -51,7 +52,7 @@ class Case:
         else:
             network = build(self._architecture, seed=0).to(device, memory_format=torch.channels_last)
             buffers = (ParameterBuffer(dict(network.named_parameters())),)
-        trainer = Trainer(network, buffers, OPTIMISATION, 1_000_000, self.precision)
+        trainer = Trainer(network, buffers, Schedule(OPTIMISATION, 1_000_000, 1), self.precision)
         if compiled:
             trainer.network = torch.compile(network)
         return lambda: trainer.steps([[(images, labels)]], 0) and None

@@ -26,6 +26,7 @@ from loft_hpc.pipeline.pipeline import Pipeline
 from loft_hpc.pipeline.stages import Stage, check_split, cuts, parts
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.device import place
+from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.settings import Optimisation
 from loft_hpc.training.trainer import FlatSGD, Trainer, stop_statistics
 
@@ -64,7 +65,7 @@ def our_gpipe(case: Case) -> Step:
     stage = Stage(network, part)
     own = {id(parameter) for parameter in stage.parameters()}
     buffer = ParameterBuffer({name: parameter for name, parameter in network.named_parameters() if id(parameter) in own})
-    sgd = FlatSGD((buffer,), OPTIMISATION, 1)
+    sgd = FlatSGD((buffer,), Schedule(OPTIMISATION, 1, 1))
     arriving = None if part.begins else case.outputs[part.first - 2]
     leaving = None if part.ends else case.outputs[part.last - 1]
     pipeline = Pipeline(
@@ -100,7 +101,7 @@ def their_gpipe(case: Case) -> Step:
 def our_data_parallel(case: Case) -> Step:
     network, world = case.network(), case.world
     buffer = ParameterBuffer(dict(network.named_parameters()))
-    trainer = Trainer(network, (buffer,), OPTIMISATION, 1, "float32")
+    trainer = Trainer(network, (buffer,), Schedule(OPTIMISATION, 1, 1), "float32")
     mine = (case.images[world.rank :: world.size].contiguous(memory_format=torch.channels_last), case.labels[world.rank :: world.size])
 
     def step() -> None:

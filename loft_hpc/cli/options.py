@@ -31,7 +31,8 @@ def default(settings: type, name: str) -> Any:
 
 def fill(settings: type, options: dict[str, Any], **nested: Any) -> Any:
     """Settings out of the options that carry their fields' names."""
-    return settings(**{field.name: nested.get(field.name, options.get(field.name)) for field in fields(settings)})
+    known = {field.name for field in fields(settings)}
+    return settings(**{name: value for name, value in (options | nested).items() if name in known})
 
 
 def several(*options: Decorator) -> Decorator:
@@ -75,6 +76,7 @@ def optimisation_options(lr: float = default(Optimisation, "lr")) -> Decorator:
             help="Fraction of the training at which --schedule step lowers the learning rate (repeat for more).",
         ),
         option(Optimisation, "decay", "Factor on the learning rate at each milestone.", type=float),
+        option(Optimisation, "warmup", "How long the learning rate rises linearly at the start: 5ep, 500it (steps), or 0.", metavar="INTERVAL"),
     )  # fmt: skip
 
 
@@ -158,7 +160,12 @@ run_options = several(
         is_flag=True,
         help="Go on with --run from its newest checkpoint, with its own settings; start it if it is not there yet.",
     ),
-)
+    click.option(
+        "--extend-to", type=click.IntRange(1), metavar="EPOCHS",
+        help="With --resume of a finished run: train on to so many epochs. A constant rate goes on; a cosine or step schedule, which has "
+        "ended, begins anew at --lr and runs over the added epochs (a warm restart, Loshchilov and Hutter 2017).",
+    ),
+)  # fmt: skip
 
 
 def typed(context: click.Context) -> set[str]:

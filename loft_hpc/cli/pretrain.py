@@ -91,7 +91,7 @@ pipeline_options = several(
 @dry_run_options
 @format_option
 @click.pass_context
-def command(context: click.Context, run_path: str | None, resume: bool, format: str, **options: Any) -> None:
+def command(context: click.Context, run_path: str | None, resume: bool, extend_to: int | None, format: str, **options: Any) -> None:
     """Train a network over all ranks so that its winning ticket can be drawn from it.
 
     With --strategy loft every rank trains a narrow sub-network that holds a random share of every dealt block's hidden filters;
@@ -130,7 +130,7 @@ def command(context: click.Context, run_path: str | None, resume: bool, format: 
     if planning:
         show_plan(context, given)
         return
-    settings = for_run(given, "pretrain", typed(context), path, resume)
+    settings = for_run(given, "pretrain", typed(context), path, resume, extend_to)
     world = job.world
     speaks = world.rank == 0 and format == "table"
     if speaks:

@@ -56,7 +56,14 @@ from loft_hpc.training.watching import Oversight
 @format_option
 @click.pass_context
 def command(
-    context: click.Context, ticket: str, data_dir: str | None, run_path: str | None, resume: bool, format: str, **options: Any
+    context: click.Context,
+    ticket: str,
+    data_dir: str | None,
+    run_path: str | None,
+    resume: bool,
+    extend_to: int | None,
+    format: str,
+    **options: Any,
 ) -> None:
     """Train TICKET, the physically smaller network, data-parallel over all ranks, on the data that it was found on.
 
@@ -78,7 +85,7 @@ def command(
     data = ticket_data(source).at(data_dir)
     given = fill(RetrainSettings, options, data=data, **parts)
     path = Path(run_path) if run_path else None
-    settings = for_run(given, "retrain", typed(context), path, resume)
+    settings = for_run(given, "retrain", typed(context), path, resume, extend_to)
     world = job.world
     speaks = world.rank == 0 and format == "table"
     if speaks:

@@ -1,5 +1,6 @@
 """Data sets by name."""
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -101,6 +102,8 @@ class DataSettings:
             raise LoftError(f"--loader-workers {self.loader_workers} must lie between 0 and {MAX_LOADER_WORKERS}", usage=True)
         if "\0" in self.data_dir:
             raise LoftError("--data-dir names no folder: it holds a null byte", usage=True)
+        # recorded whole, so that a run can be resumed from any folder
+        object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
         if self.download and self.dataset not in CIFAR:
             raise LoftError(f"--download serves cifar10 and cifar100; {self.dataset} is not fetched", usage=True)
 

@@ -20,6 +20,7 @@ from loft_hpc.models.groups import PARTITION_RULES, State, everything, filter_gr
 from loft_hpc.models.scores import filter_scores
 from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.interval import passes
+from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.settings import Optimisation
 from loft_hpc.training.strategy import Advance, Strategy, bits, everybodys_scores, refuse_other_network, summed
 from loft_hpc.training.trainer import Trainer
@@ -80,6 +81,7 @@ class Loft(Strategy):
     ):  # fmt: skip
         self.total_steps = total_steps
         self.steps_per_epoch = order.steps_per_epoch
+        self.schedule = Schedule(optimisation, total_steps, order.steps_per_epoch)
         self.batch_images = order.batch_size
         self.expected_rounds = -(-total_steps // settings.local_iterations)
         self.any_world_size = not settings.shard_data  # shards of another size would make epochs of another length
@@ -95,7 +97,7 @@ class Loft(Strategy):
         # One rank alone keeps its momentum, whatever the rule: that is plain training.
         self._carry = settings.momentum_across_rounds == "carry" or world.size == 1
         self._sub = SubNetwork(architecture, self.groups, world.rank, world.size, device, momentum_travels=self._carry)
-        self._trainer = Trainer(self._sub.network, (self._sub.shared, self._sub.partitioned), optimisation, total_steps, precision)
+        self._trainer = Trainer(self._sub.network, (self._sub.shared, self._sub.partitioned), self.schedule, precision)
         self._full = full_layout(initial, self._sub)
         transport = TRANSPORT_DTYPES[settings.transport_dtype]
         self._exchange = exchange_class(settings.exchange, device.type == "cuda" and world.size > 1)(

@@ -16,7 +16,7 @@ from loft_hpc.comm.world import World
 from loft_hpc.errors import Interrupted, LoftError
 from loft_hpc.files import read_tensors, refuse_links_outside
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
-from loft_hpc.jobs.settings import ANYWHERE, flatten, from_json
+from loft_hpc.jobs.settings import deciding, from_json, option_of
 from loft_hpc.models.groups import filter_groups, parameters_of
 from loft_hpc.models.resnet import build
 from loft_hpc.runs.run import Run
@@ -129,11 +129,11 @@ def _refuse_other_recipe(folder: Path, settings: RetrainSettings) -> None:
     """One name stands for one recipe. Raises LoftError, naming the first difference."""
     if not (folder / "run.json").exists():
         return
-    before, now = flatten(from_json(RetrainSettings, Run.open(folder).configuration)), flatten(settings)
-    for name, value in now.items():
-        if name not in ANYWHERE and before[name] != value:
+    before = deciding(from_json(RetrainSettings, Run.open(folder).configuration))
+    for name, value in deciding(settings).items():
+        if before[name] != value:
             raise LoftError(
-                f"{folder.parent} was made with --{name.replace('_', '-')} {before[name]}: repeat that, or give this check a --name of its own"
+                f"{folder.parent} was made with {option_of(name)} {before[name]}: repeat that, or give this check a --name of its own"
             )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, repeat
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from loft_hpc.comm.ledger import Entry, Ledger
 from loft_hpc.data.registry import IMAGE_SIZES
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.partition import check_workers, deal, leaving
-from loft_hpc.jobs.prediction import averaging_rounds, division_of, exchange_flows
+from loft_hpc.jobs.prediction import averaging_rounds, division_of, exchange_flows, round_ends
 from loft_hpc.jobs.pretrain import PretrainSettings, settings_of
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups, partitioned_groups
@@ -143,15 +143,16 @@ def _loft_run_flows(
     check_workers(partitioned_groups(filter_groups(network), loft.partition), workers)
     yield broadcast(divided.partitioned, FLOAT32_BYTES, workers, "partitioned")
     yield broadcast(divided.shared, FLOAT32_BYTES, workers, "shared")
-    averaging = list(averaging_rounds(loft, steps, (per_epoch, settings.snapshots.every.steps(per_epoch))))
+    # a finished run that was extended ended its rounds where it ended first
+    totals = [*(epochs * per_epoch for epochs in settings.optimisation.restarts if epochs * per_epoch < steps), steps]
+    averaging = list(averaging_rounds(loft, totals, (per_epoch, settings.snapshots.every.steps(per_epoch))))
     rounds = len(averaging)
     # an all-gather carries everything, whatever the deals
     moves = moved_parameters(settings, network, divided, workers, rounds) if loft.exchange == "alltoall" else repeat(None)
     for moved, average in zip(moves, averaging, strict=False):
         yield from exchange_flows(settings, divided, workers, moved, average)
     if loft.exchange == "alltoall" or loft.transport_dtype != "float32":
-        ends = [min(number * loft.local_iterations, steps) for number in range(rounds + 1)]
-        looks, checkpoints = _looks(run, settings, ends, averaging, per_epoch)
+        looks, checkpoints = _looks(run, settings, round_ends(loft, totals), averaging, per_epoch)
         times = looks + (checkpoints if loft.momentum_across_rounds == "carry" else 0)
         yield all_gather(divided.partitioned, FLOAT32_BYTES, workers, "merge").times(times)
 
@@ -161,17 +162,35 @@ def _looks(run: Run, settings: PretrainSettings, points: Sequence[int], settled:
 
     `settled` says of every stretch between two points whether one can be had at its end, which a checkpoint waits for.
     """
-    calendar = Calendar.of(points[-1], per_epoch, settings.evaluation, settings.snapshots, settings.checkpoints)
-    asked_for = run.interrupted_at_steps
+    attempts = _attempts(run, settings, points[-1], per_epoch)
+    asked_for, totals = run.interrupted_at_steps, {calendar.total_steps for _, calendar in attempts}
     looks, checkpoints, wanted = 0, 0, False
     for (begin, end), possible in zip(pairwise(points), settled, strict=False):
-        due = calendar.due(begin, end)
+        due = next(calendar for first, calendar in reversed(attempts) if first <= begin).due(begin, end)
         wanted = wanted or due.checkpoint
         checkpoint = possible and (wanted or end in asked_for)
-        looks += checkpoint or due.evaluation or (due.snapshot and (settings.snapshots.snapshot_tensors or end == points[-1]))
+        looks += checkpoint or due.evaluation or (due.snapshot and (settings.snapshots.snapshot_tensors or end in totals))
         checkpoints += checkpoint
         wanted = wanted and not checkpoint
     return looks, checkpoints
+
+
+def _attempts(run: Run, settings: PretrainSettings, steps: int, per_epoch: int) -> list[tuple[int, Calendar]]:
+    """The first step of every attempt and when things fell due in it, from what each attempt says to have changed. The last ended at `steps`."""
+    checkpointing, total = settings.checkpoints, steps
+    attempts: list[tuple[int, Calendar]] = []
+
+    def calendar() -> Calendar:
+        return Calendar.of(total, per_epoch, settings.evaluation, settings.snapshots, checkpointing)
+
+    for first, changed in reversed(run.attempts):
+        attempts.append((first, calendar()))
+        before = {name: change.get("before") for name, change in changed.items() if isinstance(change, dict)}
+        if isinstance(before.get("checkpoint_every"), str):
+            checkpointing = replace(checkpointing, checkpoint_every=before["checkpoint_every"])
+        if type(before.get("epochs")) is int:
+            total = min(steps, before["epochs"] * per_epoch)
+    return [(0, calendar()), *reversed(attempts)]
 
 
 def moved_parameters(settings: PretrainSettings, network: Architecture, divided: Division, workers: int, rounds: int) -> Iterator[int]:

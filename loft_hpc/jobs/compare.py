@@ -13,10 +13,14 @@ from loft_hpc.comm.world import World
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.cost import cost_of
 from loft_hpc.jobs.measure import Measured, MeasureSettings, measure
+from loft_hpc.jobs.pretrain import PretrainSettings
+from loft_hpc.jobs.retrain import RetrainSettings
+from loft_hpc.jobs.settings import deciding, from_json
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets import finders  # noqa: F401 (finders register themselves)
 from loft_hpc.tickets.pruning import FINDERS
 from loft_hpc.tickets.ticket import Cost
+from loft_hpc.training.settings import Snapshots
 
 DENSE = "dense"
 
@@ -101,17 +105,15 @@ def _told_apart(groups: dict[tuple[str, str, float, str], list[_Entry]]) -> dict
 def _recipe(run: Run, ticket: dict[str, Any] | None = None) -> str:
     """How a run was trained, and of a retraining what its ticket was drawn from: without seeds, ratio, and what decides nothing."""
 
-    def without(fields_: Any) -> Any:
-        if not isinstance(fields_, dict):
-            return fields_
-        left_out = ("seed", "data_dir", "download", "loader_workers", "device", "checkpoints", "snapshots", "evaluate_every")
-        return {name: without(value) for name, value in fields_.items() if name not in left_out}
-
+    kind = RetrainSettings if ticket is not None else PretrainSettings
+    recipe = deciding(from_json(kind, run.configuration))
+    for name in ("seed", "evaluate_every", *deciding(Snapshots())):
+        recipe.pop(name)
     kept = {name: (ticket or {}).get(name) for name in ("blocks", "floor", "control")}
     # early-bird chooses its snapshot itself, and imp its level
     searched = ticket is None or ticket.get("method") == "early-bird"
     drawn_from = None if searched else re.sub(r"level-\d+", "level", str(ticket.get("drawn_from")))
-    return json.dumps([without(run.configuration), kept, drawn_from, run.required("world_size", int)], sort_keys=True)
+    return json.dumps([recipe, kept, drawn_from, run.required("world_size", int)], sort_keys=True)
 
 
 def _contender(group: Sequence[_Entry], measured: Measured) -> Contender:

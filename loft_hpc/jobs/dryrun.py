@@ -14,6 +14,7 @@ from loft_hpc.jobs.prediction import Course, course, division_of, epoch_seconds,
 from loft_hpc.jobs.pretrain import PretrainSettings
 from loft_hpc.jobs.settings import flatten
 from loft_hpc.models.architecture import Architecture
+from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.settings import Computation
 
 
@@ -50,6 +51,7 @@ def plan(settings: PretrainSettings, workers: int, cluster: Cluster | None) -> P
     on_gpu = _on_gpu(settings.computation)
     loft = settings.strategy == "loft"
     way = course(settings, shape, network, workers)
+    Schedule(settings.optimisation, way.steps, way.steps_per_epoch)  # refuses a warm-up that is too long
     division = division_of(network, settings.loft.partition)
     return Plan(
         settings=settings,
@@ -69,7 +71,7 @@ def recipe(made: Plan) -> dict[str, Any]:
     settings = made.settings
     values = flatten(settings) | {"widen": made.network.widen, "image_size": made.shape.image_size}
     values |= dict(zip(("tolerance", "patience"), settings.stopping.limits, strict=True))
-    idle = {"epochs"} if settings.rounds else {"rounds"}
+    idle = {"restarts"} | ({"epochs"} if settings.rounds else {"rounds"})
     for owner, own in (("loft", settings.loft), ("gpipe", settings.pipeline)):
         idle |= set(flatten(own)) if settings.strategy != owner else set()
     if not settings.stopping.stop_when_stable:

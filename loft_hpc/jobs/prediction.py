@@ -122,7 +122,7 @@ def _loft_course(settings: PretrainSettings, shape: DataShape, network: Architec
         raise LoftError(f"a worker's {images} images make no batch of {settings.batch_size}")
     total = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * steps
     divided = division_of(network, settings.loft.partition)
-    averaging = list(averaging_rounds(settings.loft, total, (steps, settings.snapshots.every.steps(steps))))
+    averaging = list(averaging_rounds(settings.loft, (total,), (steps, settings.snapshots.every.steps(steps))))
     counts = {True: sum(averaging), False: len(averaging) - sum(averaging)}
     exchanges = [
         Exchanges("round", count, exchange_flows(settings, divided, workers, average=average)) for average, count in counts.items() if count
@@ -191,11 +191,18 @@ def exchange_flows(
     return loft_round(divided, workers, loft.exchange, element_bytes, 2 if loft.momentum_across_rounds == "carry" else 1, moved, average)
 
 
-def averaging_rounds(settings: LoftSettings, total_steps: int, looks: Sequence[int]) -> Iterator[bool]:
-    """Of every round of a training, whether it averages the shared parameters; `looks` as for `averages`."""
-    ends = [*range(0, total_steps, settings.local_iterations), total_steps]
-    for number, (begin, end) in enumerate(pairwise(ends), start=1):
-        yield averages(settings, number, begin, end, looks, total_steps)
+def round_ends(settings: LoftSettings, ends: Sequence[int]) -> list[int]:
+    """The steps at which rounds begin and end. `ends`: where the training ended, several times if it was extended."""
+    points = [0]
+    for end in ends:
+        points += [*range(points[-1] + settings.local_iterations, end, settings.local_iterations), end]
+    return points
+
+
+def averaging_rounds(settings: LoftSettings, ends: Sequence[int], looks: Sequence[int]) -> Iterator[bool]:
+    """Of every round of a training, whether it averages the shared parameters; `ends` as for `round_ends`, `looks` as for `averages`."""
+    for number, (begin, end) in enumerate(pairwise(round_ends(settings, ends)), start=1):
+        yield averages(settings, number, begin, end, looks, next(total for total in ends if total >= end))
 
 
 division_of = cache(division)

@@ -1,5 +1,6 @@
 """`loft retrain`: a ticket in, a run with its retrained network out."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ def retrain(
     details = {
         "hidden_widths": ticket.hidden_widths,
         "dense_architecture": ticket.dense.to_json(),
-        "ticket": {"path": str(ticket.path), "sha256": ticket.fingerprint, "kind": ticket.mask.kind, **ticket.provenance},
+        "ticket": {"path": os.path.abspath(ticket.path), "sha256": ticket.fingerprint, "kind": ticket.mask.kind, **ticket.provenance},
     }
     outcome = train_into(where, "retrain", strategy, settings, network, ticket.hidden_widths, details, order, workplace, world, oversight)
     return where.path, outcome

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -64,8 +65,51 @@ def flatten(settings: Any) -> dict[str, Any]:
     return leaves
 
 
-ANYWHERE = ("data_dir", "download", "loader_workers", "device")
-"""Settings that say where the data lie and what computes: no part of a recipe."""
+@dataclasses.dataclass(frozen=True)
+class _Changeable:
+    """A setting that decides nothing of what a training learns."""
+
+    by_rank: bool
+    """Whether each rank may have its own."""
+
+
+CHANGEABLE = {
+    "data_dir": _Changeable(by_rank=True),
+    "loader_workers": _Changeable(by_rank=True),
+    "device": _Changeable(by_rank=True),
+    "download": _Changeable(by_rank=False),
+    "checkpoint_every": _Changeable(by_rank=False),
+    "keep_checkpoints": _Changeable(by_rank=False),
+    "evaluation_batch": _Changeable(by_rank=False),
+}
+"""Settings that may be others when a run is resumed, and that are no part of a recipe. All others are fixed for a run's life."""
+
+
+def deciding(settings: Any) -> dict[str, Any]:
+    """The leaf fields that decide a result, as lists and numbers as a file has them."""
+    return {name: value for name, value in leaves(to_json(settings)).items() if name not in CHANGEABLE}
+
+
+def agreed(settings: Any) -> dict[str, Any]:
+    """The leaf fields that all ranks of a job must have alike."""
+    return {name: value for name, value in flatten(settings).items() if name not in CHANGEABLE or not CHANGEABLE[name].by_rank}
+
+
+def with_leaves(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """The same settings but for some leaf fields, whichever nested dataclass they belong to."""
+    own = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            own[field.name] = with_leaves(value, values)
+        elif field.name in values:
+            own[field.name] = values[field.name]
+    return dataclasses.replace(settings, **own)
+
+
+def option_of(name: str) -> str:
+    """The option that sets a leaf field."""
+    return "--" + {"milestones": "milestone"}.get(name, name.replace("_", "-"))
 
 
 def leaves(fields: dict) -> dict[str, Any]:

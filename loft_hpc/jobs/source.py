@@ -18,7 +18,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.jobs.cost import cost_of
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.retrain import snapshot_name
-from loft_hpc.jobs.settings import ANYWHERE, leaves, to_json
+from loft_hpc.jobs.settings import CHANGEABLE, leaves, to_json
 from loft_hpc.jobs.training_run import destination, prepare, train_into
 from loft_hpc.models.groups import FilterGroup, filter_groups
 from loft_hpc.models.resnet import ResidualNetwork
@@ -127,6 +127,7 @@ class RunSource:
         lr = recipe.lr(epochs * self.steps_per_epoch) if callable(recipe.lr) else recipe.lr
         optimisation = replace(
             run.optimisation,
+            restarts=(),
             lr=lr or run.optimisation.lr,
             weight_decay=run.optimisation.weight_decay if recipe.weight_decay is None else recipe.weight_decay,
         )
@@ -165,7 +166,7 @@ def _refuse_other_search(run: Run, settings: SearchSettings, details: dict) -> N
     before = leaves(run.configuration) | leaves({"search": run.description.get("search") or {}})
     now = leaves(to_json(settings)) | leaves({"search": details})
     for name, value in now.items():
-        if name not in ANYWHERE and before.get(name) != value:
+        if name not in CHANGEABLE and before.get(name) != value:
             raise LoftError(
                 f"{run.path} was searched with {name.replace('_', ' ')} {before.get(name)}, not {value}: repeat that, or give another --name"
             )

@@ -14,7 +14,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.files import read_json
 from loft_hpc.jobs.prune import draw_tickets, ticket_name
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
-from loft_hpc.jobs.settings import ANYWHERE, leaves, to_json
+from loft_hpc.jobs.settings import CHANGEABLE, leaves, option_of, to_json
 from loft_hpc.jobs.source import Surroundings
 from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
@@ -139,11 +139,11 @@ def _agree_on_recipe(run: Run, name: str, recipe: RetrainSettings, world: World)
 def _first_difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
     """As an option; where the data lie and what computes is no part of a recipe."""
     for name, value in earlier.items():
-        if name in now and name not in ANYWHERE and now[name] != value:
+        if name in now and name not in CHANGEABLE and now[name] != value:
             if name == "world_size":
                 return f"{value} ranks"
-            option = {"seed": "retrain-seed", "milestones": "milestone"}.get(name, name.replace("_", "-"))
-            return f"--{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            option = "--retrain-seed" if name == "seed" else option_of(name)
+            return f"{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
     return ""
 
 

@@ -16,7 +16,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.files import refuse_links_outside
 from loft_hpc.filterwise.emergence import Emergence, Stopping
 from loft_hpc.jobs.agreement import refuse_disagreement, software
-from loft_hpc.jobs.settings import flatten, to_json
+from loft_hpc.jobs.settings import CHANGEABLE, agreed, leaves, option_of, to_json
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.runs.lock import RunLock
@@ -43,10 +43,6 @@ class TrainingSettings(Protocol):
     computation: Computation
 
 
-_OF_A_RANK = ("data_dir", "loader_workers", "device")
-"""Settings that ranks on different machines may have different."""
-
-
 @dataclass(frozen=True)
 class Workplace:
     """Where this rank computes, and on what."""
@@ -71,11 +67,13 @@ class Destination:
 
     path: Path
     earlier: Run | None
+    extended: bool = False
+    """Whether it goes on beyond the end that it was planned to have."""
 
     @property
     def finished(self) -> Outcome | None:
         """What the run achieved, if there is nothing left to do."""
-        if self.earlier is None or self.earlier.description.get("status") != "done":
+        if self.earlier is None or self.extended or self.earlier.description.get("status") != "done":
             return None
         try:
             results, images = self.earlier.description["results"], self.earlier.description["data"]["test_images"]
@@ -93,13 +91,14 @@ def destination(settings: TrainingSettings, path: Path | None, resume: bool, nam
 
     Raises LoftError where the ranks were started with different settings (but for where each finds the data) or software.
     """
-    options = {f"--{name.replace('_', '-')}": value for name, value in flatten(settings).items() if name not in _OF_A_RANK}
+    options = {option_of(name): value for name, value in agreed(settings).items()}
     refuse_disagreement(options | {"--run": path, "--resume": resume} | software(), world)
     if path is None:
         return Destination(world.on_root(lambda: claim_default_path(*name, world.size)), None)
     if not (resume and world.on_root(lambda: (path / "run.json").exists())):
         return Destination(path, None)
-    return Destination(path, Run.open(path))
+    run = Run.open(path)
+    return Destination(path, run, settings.epochs != run.configuration.get("epochs", settings.epochs))
 
 
 def _newest_checkpoint(run: Run, workplace: Workplace, world: World, oversight: Oversight) -> Checkpoint | None:
@@ -108,6 +107,17 @@ def _newest_checkpoint(run: Run, workplace: Workplace, world: World, oversight: 
         raise LoftError(f"the images of {workplace.data.info.name} are not those that {run.path} was started with: start another run")
     step = world.on_root(lambda: run.checkpoints.newest_step(oversight.watcher.fell_back))
     return None if step is None else run.checkpoints.read(step)
+
+
+def _changes(run: Run, configuration: Mapping[str, Any], supervision: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What this attempt does otherwise than the one before it, by setting."""
+    before, now = leaves(run.configuration), leaves(dict(configuration))
+    names = [name for name in now if name in CHANGEABLE or name in ("epochs", "restarts")]
+    changed = {name: {"before": before.get(name), "now": now[name]} for name in names if before.get(name) != now[name]}
+    earlier = run.description.get("supervision") or supervision
+    return changed | {
+        name: {"before": earlier.get(name), "now": value} for name, value in supervision.items() if earlier.get(name) != value
+    }
 
 
 def _observer(run: Run, stopping: Stopping, step: int) -> Emergence:
@@ -167,14 +177,24 @@ def _train_locked(
         "steps_per_epoch": order.steps_per_epoch,
         **details,
     }
-    run = world.on_root(lambda: Run.create_or_resume(where.path, where.earlier is not None, kind, to_json(settings), description))
+    configuration = to_json(settings)
+    supervision = asdict(oversight.supervision)
+
+    def begin_attempt() -> Run:
+        if where.earlier is None:
+            return Run.create(where.path, kind, configuration, {**description, "supervision": supervision})
+        run = Run.open(where.path)
+        run.resume(checkpoint.step if checkpoint else 0, configuration, description, _changes(run, configuration, supervision), supervision)
+        return run
+
+    run = world.on_root(begin_attempt)
     observer = None
     if stopping:
         observer = world.on_root(lambda: _observer(run, stopping, checkpoint.step if checkpoint else -1))
     with Meter(gpus_of(workplace.device)) as meter:
         begin = meter.read()
         session = Session(
-            strategy, architecture, hidden_widths, workplace.data, settings.optimisation, settings.evaluation, settings.snapshots,
+            strategy, architecture, hidden_widths, workplace.data, settings.evaluation, settings.snapshots,
             settings.checkpoints, run, world, workplace.device, oversight, observer,
             account=lambda: {"energy": asdict(energy_of_ranks(meter.since(begin), world))},
         )  # fmt: skip

@@ -19,6 +19,7 @@ from loft_hpc.pipeline.stages import Stage, check_split, cuts, parts
 from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
+from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.settings import Optimisation
 from loft_hpc.training.strategy import Advance, Strategy, everybodys_scores, refuse_other_network, summed
 from loft_hpc.training.trainer import FlatSGD, stop_statistics
@@ -70,6 +71,7 @@ class GPipe(Strategy):
         settings.check_batch(order.batch_size)
         self.total_steps = total_steps
         self.steps_per_epoch = order.steps_per_epoch
+        self.schedule = Schedule(optimisation, total_steps, order.steps_per_epoch)
         self.batch_images = order.batch_size
         self._data, self._order, self._world, self._device = data, order, world, device
         self.cuts = cuts(architecture, settings.split, world.size, data.info.image_size)
@@ -85,7 +87,7 @@ class GPipe(Strategy):
         stage = Stage(network, self._part)
         stop_statistics(stage)
         stage.train()
-        self._sgd = FlatSGD((self._buffer,), optimisation, total_steps)
+        self._sgd = FlatSGD((self._buffer,), self.schedule)
         borders = self._part.borders(architecture.block_outputs(data.info.image_size))
         self._pipeline = Pipeline(
             stage, self._part, *borders, settings.micro_batches, order.batch_size, Messages(world),

@@ -26,7 +26,7 @@ from loft_hpc.runs.snapshots import Snapshots
 Value = TypeVar("Value")
 _PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
 _KINDS = {"kind": str, "status": str, "data": dict, "ticket": dict, "hidden_widths": dict, "dense_architecture": dict, "results": dict,
-          "search": dict, "resumed": list, "legs": list}  # fmt: skip
+          "search": dict, "resumed": list, "legs": list, "supervision": dict}  # fmt: skip
 """What else run.json says, where it says it."""
 _COUNTS = ("total_steps", "steps_per_epoch", "world_size")
 
@@ -99,19 +99,39 @@ class Run:
         refuse_links_outside(path)
         return run
 
-    @classmethod
-    def create_or_resume(cls, path: Path, going_on: bool, kind: str, configuration: Mapping[str, Any], details: Mapping[str, Any]) -> "Run":
-        """The run to write to: a new one, or an interrupted one marked as going on."""
-        if not going_on:
-            return cls.create(path, kind, configuration, details)
-        run = cls.open(path)
+    def resume(
+        self,
+        step: int,
+        configuration: Mapping[str, Any],
+        details: Mapping[str, Any],
+        changed: Mapping[str, Any],
+        supervision: Mapping[str, Any],
+    ) -> None:
+        """Mark the run as going on after `step`, and record what this attempt does otherwise than the one before it.
+
+        A finished run that goes on is unfinished again: its results move into the record of this attempt, its last network stays in
+        RUN/snapshots.
+        """
         for name in ("failure", "interrupted_at_step"):
-            run.description.pop(name, None)
-        sizes = {"ranks_before": run.description.get("world_size"), "world_size": details["world_size"]}
-        leg = {"at": _now(), **sizes, "host": platform.node()}
-        own = {name: details[name] for name in ("world_size", "placement")}
-        run._update(status="running", ended=None, resumed=[*(run.description.get("resumed") or []), leg], **own)
-        return run
+            self.description.pop(name, None)
+        finished = self.description.get("status") == "done"
+        attempt = {
+            "at": _now(),
+            "step": step,
+            "ranks_before": self.description.get("world_size"),
+            "world_size": details["world_size"],
+            "host": platform.node(),
+            "changed": dict(changed),
+            **({"results_before": self.description.pop("results", None)} if finished else {}),
+        }
+        own = {name: details[name] for name in ("world_size", "placement", "total_steps")}
+        self._update(
+            status="running", ended=None, resumed=[*(self.description.get("resumed") or []), attempt],
+            configuration=dict(configuration), supervision=dict(supervision), **own,
+        )  # fmt: skip
+        if finished:
+            for name in ("model.safetensors", "ledger.json"):
+                (self.path / name).unlink(missing_ok=True)
 
     def interrupt(self, step: int) -> None:
         """Record that the run was told to end, with a checkpoint after `step` to go on from."""
@@ -166,6 +186,16 @@ class Run:
         """Whether it went on with another number of ranks than it had before."""
         legs = self.description.get("resumed") or []
         return any(isinstance(leg, dict) and leg.get("ranks_before", leg.get("world_size")) != leg.get("world_size") for leg in legs)
+
+    @property
+    def attempts(self) -> list[tuple[int, dict[str, Any]]]:
+        """(first step, what was changed before it, by setting) of each time that the run was resumed and says so."""
+        found = [attempt for attempt in self.description.get("resumed") or [] if isinstance(attempt, dict)]
+        return [
+            (attempt["step"], attempt["changed"])
+            for attempt in found
+            if type(attempt.get("step")) is int and attempt["step"] >= 0 and isinstance(attempt.get("changed"), dict)
+        ]
 
     @property
     def interrupted_at_steps(self) -> list[int]:

@@ -18,6 +18,7 @@ from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.tickets.source import Workshop
 from loft_hpc.training.buffers import Layout, ParameterBuffer
 from loft_hpc.training.evaluation import network_for
+from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.strategy import Advance, Strategy, bits, refuse_other_network, summed
 from loft_hpc.training.trainer import accumulate_gradients, stop_statistics
 
@@ -83,7 +84,8 @@ class ScoreSearch(Strategy):
         self._orders, self._batch = shop.order.in_parts(shop.batch_parts), shop.order.batch_size
         self.batch_images = sum(len(part.indices(0)) for part in self._orders)
         self._data, self._world, self._rule = shop.data, shop.world, rule
-        self._optimisation, self._autocast = shop.optimisation, shop.precision == "bfloat16"
+        self.schedule = Schedule(shop.optimisation, shop.total_steps, shop.order.steps_per_epoch)
+        self._autocast = shop.precision == "bfloat16"
         self._groups = filter_groups(shop.architecture)
         self._network = network_for(shop.architecture, None, weights, shop.device, "the initial state")
         stop_statistics(self._network)
@@ -131,7 +133,7 @@ class ScoreSearch(Strategy):
             )
         )
         for group in self._sgd.param_groups:
-            group["lr"] = self._optimisation.lr_at(self._step, self.total_steps)
+            group["lr"] = self.schedule.lr_at(self._step)
         self._sgd.step()
         self._switch()
         return loss

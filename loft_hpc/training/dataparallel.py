@@ -15,6 +15,7 @@ from loft_hpc.models.scores import filter_scores
 from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
+from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.settings import Optimisation
 from loft_hpc.training.strategy import Advance, Strategy, bits, refuse_other_network, summed
 from loft_hpc.training.trainer import Trainer
@@ -43,11 +44,11 @@ class DataParallel(Strategy):
         self.batch_images = sum(len(part.indices(0)) for part in order.in_parts(batch_parts))
         self.any_world_size = True
         self._orders, self._batch, self._data, self._world = order.in_parts(batch_parts), order.batch_size, data, world
-        self.skipped_steps = skipped_steps
+        self.schedule = Schedule(optimisation, total_steps, order.steps_per_epoch, skipped_steps)
         self._groups = filter_groups(architecture)
         network = network_for(architecture, hidden_widths, initial, device, "the initial state")
         self._buffer = ParameterBuffer(dict(network.named_parameters()))
-        self._trainer = Trainer(network, (self._buffer,), optimisation, total_steps, precision, skipped_steps)
+        self._trainer = Trainer(network, (self._buffer,), self.schedule, precision)
         self._mask = None if mask is None else flat_mask(mask, self._buffer)
         if self._mask is not None:
             self._buffer.values.mul_(self._mask)
@@ -59,7 +60,7 @@ class DataParallel(Strategy):
         steps = min(STRETCH_STEPS, (limit or self.total_steps) - self._step, self.total_steps - self._step)
         self._exchange_seconds = 0.0
         losses = self._trainer.steps(
-            self._world.paced(self._data.train_parts(self._orders, self._step + self.skipped_steps, steps)),
+            self._world.paced(self._data.train_parts(self._orders, self._step + self.schedule.skipped_steps, steps)),
             self._step,
             global_batch=self._batch,
             combine_gradients=self._sum_gradients,

@@ -21,7 +21,7 @@ from loft_hpc.training.calendar import Calendar
 from loft_hpc.training.consensus import Consensus
 from loft_hpc.training.evaluation import Score, judge, network_for
 from loft_hpc.training.roundlog import RoundLog
-from loft_hpc.training.settings import Checkpointing, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.settings import Checkpointing, Evaluation, Snapshots
 from loft_hpc.training.strategy import Strategy
 from loft_hpc.training.stretch import Clock, Stretch
 from loft_hpc.training.watching import Observer, Oversight
@@ -44,7 +44,7 @@ class Session:
 
     def __init__(
         self, strategy: Strategy, architecture: Architecture, hidden_widths: Mapping[str, int] | None, data: DataSet,
-        optimisation: Optimisation, evaluation: Evaluation, snapshots: Snapshots, checkpointing: Checkpointing,
+        evaluation: Evaluation, snapshots: Snapshots, checkpointing: Checkpointing,
         run: Run, world: World, device: torch.device, oversight: Oversight, observer: Observer | None = None,
         account: Callable[[], Mapping[str, Any]] | None = None,
     ):  # fmt: skip
@@ -52,7 +52,7 @@ class Session:
         self._strategy, self._data, self._world, self._watcher = strategy, data, world, oversight.watcher
         self._run = run if world.rank == 0 else None
         self._path = run.path
-        self._optimisation, self._evaluation = optimisation, evaluation
+        self._evaluation = evaluation
         self._full_snapshots, self._snapshot_name = snapshots.snapshot_tensors, run.snapshots.name
         self._calendar = Calendar.of(strategy.total_steps, strategy.steps_per_epoch, evaluation, snapshots, checkpointing)
         self._kept = checkpointing.keep_checkpoints
@@ -188,7 +188,7 @@ class Session:
         loss, score = self._mean_over_ranks(stretch.mean_loss), None
         self._rounds.flush()
         self._log(
-            "epoch", epoch=epoch, step=step, loss=loss, lr=self._lr_after(step),
+            "epoch", epoch=epoch, step=step, loss=loss, lr=self._strategy.schedule.lr_at(step - 1),
             train_wall_seconds=stretch.seconds, exchange_seconds=stretch.exchange_seconds,
             images_per_second_per_rank=stretch.steps * self._strategy.batch_images / stretch.seconds,
         )  # fmt: skip
@@ -199,10 +199,6 @@ class Session:
         self._watcher.epoch_ended(epoch, epochs, loss, score, self._distance, stretch.seconds)
         self._stretch = Stretch(step)
         return score
-
-    def _lr_after(self, step: int) -> float:
-        skipped = self._strategy.skipped_steps
-        return self._optimisation.lr_at(step - 1 + skipped, self._strategy.total_steps + skipped)
 
     def _write_checkpoint(self, asked_for: bool) -> None:
         """Everything to go on from, at the end of an epoch or in the middle of one; `asked_for` by whoever told the run to end."""

@@ -27,6 +27,10 @@ class Optimisation:
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Fractions of the training at which `step` lowers the learning rate."""
     decay: float = 0.1
+    warmup: str = "0"
+    """How long the learning rate rises linearly at the start, as in `5ep` or `500it` (Goyal et al. 2017, arXiv 1706.02677)."""
+    restarts: tuple[int, ...] = ()
+    """Epochs after which the schedule began anew, because a finished training was extended there."""
 
     def __post_init__(self):
         for name in ("lr", "momentum", "weight_decay", "decay"):
@@ -39,14 +43,9 @@ class Optimisation:
             raise LoftError(f"unknown schedule '{self.schedule}': choose one of {', '.join(SCHEDULES)}", usage=True)
         if any(not 0 < fraction < 1 for fraction in self.milestones):
             raise LoftError("milestones are fractions of the training, between 0 and 1", usage=True)
-
-    def lr_at(self, step: int, total_steps: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-        if self.schedule == "step":
-            return self.lr * self.decay ** sum(step >= fraction * total_steps for fraction in self.milestones)
-        return self.lr
+        Interval.parse(self.warmup, "--warmup")
+        if any(not 0 < epoch <= MAX_EPOCHS for epoch in self.restarts) or list(self.restarts) != sorted(set(self.restarts)):
+            raise LoftError("the schedule of a training begins anew after ascending numbers of epochs", usage=True)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.models.groups import FilterGroup, Selection
 from loft_hpc.models.scores import CRITERIA, Scores
 from loft_hpc.runs.checkpoints import Checkpoint
+from loft_hpc.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Strategy(ABC):
     """Whether a checkpoint of another number of ranks can be gone on with."""
     batch_images: int
     """Images that this rank sees in a step."""
-    skipped_steps: int = 0
-    """Steps of the schedule that lie before the first one, where the training begins in its middle."""
+    schedule: Schedule
+    """The learning rate of its steps."""
     expected_rounds: int = 0
     """Rounds in the whole training, where the strategy has rounds."""
 

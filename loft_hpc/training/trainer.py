@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from loft_hpc.data.dataset import Batch
 from loft_hpc.training.buffers import ParameterBuffer
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.schedule import Schedule
 
 
 def named_subset(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -31,12 +31,9 @@ def stop_statistics(network: nn.Module) -> None:
 class FlatSGD:
     """torch's SGD over flat buffers, with a learning rate that is a function of the step."""
 
-    def __init__(self, buffers: Sequence[ParameterBuffer], optimisation: Optimisation, total_steps: int, skipped_steps: int = 0):
-        """`skipped_steps`: how far into the schedule the first step stands, which is `total_steps` longer then."""
-        self._skipped = skipped_steps
+    def __init__(self, buffers: Sequence[ParameterBuffer], schedule: Schedule):
         self._buffers = [buffer for buffer in buffers if buffer.layout.numel]
-        self._optimisation = optimisation
-        self._total_steps = total_steps
+        self._schedule, optimisation = schedule, schedule.optimisation
         self._sgd = torch.optim.SGD(
             [buffer.flat for buffer in self._buffers],
             lr=optimisation.lr,
@@ -53,7 +50,7 @@ class FlatSGD:
     def step(self, number: int) -> None:
         """Update the parameters; `number` counts from 0 over the whole training."""
         for group in self._sgd.param_groups:
-            group["lr"] = self._optimisation.lr_at(number + self._skipped, self._total_steps + self._skipped)
+            group["lr"] = self._schedule.lr_at(number)
         self._sgd.step()
 
     def reset_momentum(self) -> None:
@@ -64,14 +61,11 @@ class FlatSGD:
 class Trainer:
     """A network, its parameters in flat buffers, and SGD over those buffers."""
 
-    def __init__(
-        self, network: nn.Module, buffers: Sequence[ParameterBuffer], optimisation: Optimisation, total_steps: int, precision: str,
-        skipped_steps: int = 0,
-    ):  # fmt: skip
+    def __init__(self, network: nn.Module, buffers: Sequence[ParameterBuffer], schedule: Schedule, precision: str):
         self.network = network
         self._device = next(network.parameters()).device
         self._autocast = precision == "bfloat16"
-        self._sgd = FlatSGD(buffers, optimisation, total_steps, skipped_steps)
+        self._sgd = FlatSGD(buffers, schedule)
         stop_statistics(network)
         network.train()
 

@@ -17,6 +17,7 @@ from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.models.resnet import build
 from loft_hpc.runs.checkpoints import Checkpoint
+from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.settings import Optimisation
 
 from tiny import CPU, initial_state, make_loft, tiny
@@ -276,11 +277,11 @@ def test_one_rank_equals_plain_sgd_bitwise(world, momentum):
     sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     data = digits(CPU)
     order = Order("replicated", data.info.train_images, 16, 5, 0, 1)
-    schedule = Optimisation(lr=0.1, schedule="cosine")
+    schedule = Schedule(Optimisation(lr=0.1, schedule="cosine"), training.total_steps, 1)
     for step, (images, labels) in enumerate(data.train_batches(order, 0, training.total_steps)):
         sgd.zero_grad()
         F.cross_entropy(network(images), labels).backward()
-        sgd.param_groups[0]["lr"] = schedule.lr_at(step, training.total_steps)
+        sgd.param_groups[0]["lr"] = schedule.lr_at(step)
         sgd.step()
     state = training.full_state()
     for name, parameter in network.named_parameters():

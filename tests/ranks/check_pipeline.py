@@ -11,6 +11,7 @@ from loft_hpc.data.order import Order
 from loft_hpc.errors import LoftError
 from loft_hpc.models.resnet import build
 from loft_hpc.runs.checkpoints import Checkpoint
+from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.settings import Optimisation
 
 from tiny import CPU, initial_state, make_gpipe, tiny
@@ -36,7 +37,7 @@ def one_process(architecture, micro_batches: int, steps: int) -> tuple[dict, dic
             (F.cross_entropy(network(part), wanted, reduction="sum") / len(labels)).backward()
         if step == 0:
             first = {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
-        sgd.param_groups[0]["lr"] = Optimisation(lr=0.1).lr_at(step, STEPS)
+        sgd.param_groups[0]["lr"] = Schedule(Optimisation(lr=0.1), STEPS, 1).lr_at(step)
         sgd.step()
     return first, dict(network.named_parameters())
 

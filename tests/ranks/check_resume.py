@@ -175,6 +175,22 @@ def test_ranks_that_drift_apart_are_found(world, folder, monkeypatch, capsys):
     assert (world.rank == 0) == (failure in capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("strategy", ["loft", "data-parallel", "gpipe"])
+def test_an_extended_run_is_the_longer_one(world, folder, strategy):
+    """At a constant rate, to the last bit; the ledger's formula knows of the end in its middle and of checkpoints that came oftener."""
+    options = [*STRATEGIES[strategy], "--schedule", "constant", "--warmup", "3it", "--seed", "4"]
+    if strategy == "loft":
+        options += ["--local-iterations", "11", "--exchange", "alltoall"]  # rounds that end where the epoch does
+    longer = pretrain(world, folder / f"longer {strategy}", *options)
+    path = pretrain(world, folder / f"extended {strategy}", *options, "--epochs", "1")
+    assert run(["pretrain", "--run", str(path), "--resume", "--extend-to", "2", "--checkpoint-every", "4it"]) == 0
+    world.barrier()
+    same(longer, path)
+    description = Run.open(path).description
+    assert description["total_steps"] == 22 and description["resumed"][0]["results_before"]["steps"] == 11
+    assert description["resumed"][0]["changed"]["checkpoint_every"] == {"before": "1ep", "now": "4it"}
+
+
 def test_a_broken_checkpoint_is_told_and_the_one_before_is_used(world, folder, capsys):
     every, copy = folder / "every loft", folder / "torn"
     steps = sorted(entry.name for entry in (every / "checkpoints").iterdir())
