@@ -1,6 +1,7 @@
 """Inside mpirun: one world for the session, and a rank whose test fails ends the job, so that the others do not wait for it."""
 
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from loft_hpc.training.device import place
 
 torch.set_num_threads(1)
 _world: list[World] = []
+_outcomes: dict[str, Counter] = {}
+"""By file: how many checks passed and failed on this rank, and the seconds that they took."""
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +25,17 @@ def world() -> World:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    outcomes = _outcomes.setdefault(report.location[0].rpartition("/")[2], Counter())
+    outcomes["seconds"] += report.duration
+    if report.failed or report.when == "call":
+        outcomes[report.outcome] += 1
     if report.failed and _world and _world[0].size > 1:
         print(f"\nrank {_world[0].rank}: {report.nodeid} ({report.when})\n{report.longreprtext}", file=sys.stdout, flush=True)
         if not _world[0].failed_together(1.0):
             _world[0].abort(1)
+
+
+def pytest_sessionfinish() -> None:
+    """What tests/test_ranks.py reads."""
+    for file, outcomes in _outcomes.items():
+        print(f"\nranks: {file}: {outcomes['passed']} passed, {outcomes['failed']} failed in {outcomes['seconds']:.0f} s", flush=True)
