@@ -23,7 +23,7 @@ setup(
         "mpi4py",
         "horovod",
         "numpy>=1.26",
-        "pillow>=10",
+        "pillow>=10.1",
         "click>=8.2,<9",
         "safetensors>=0.4",
         "scikit-learn>=1.3",

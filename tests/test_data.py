@@ -188,7 +188,7 @@ def test_contradictory_settings_are_refused(fields):
         DataSettings(**fields)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenet", "imagefolder"])
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar100", "imagenet", "imagefolder"])
 def test_missing_files_name_the_folder_and_the_way_to_get_them(name, tmp_path):
     assert name in DATASET_NAMES
     with pytest.raises(LoftError) as told:
@@ -279,7 +279,8 @@ def test_folders_of_different_classes_are_refused(tmp_path):
     make_folder(tmp_path)
     (tmp_path / "train" / "bird").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "bird" / "0.png")
-    with pytest.raises(LoftError, match="different classes"):
+    (tmp_path / "val" / "cat").rename(tmp_path / "val" / "hen")
+    with pytest.raises(LoftError, match=r"different classes \(\S*/train alone has bird, cat; \S*/val alone has hen\): give both the same"):
         open_data(DataSettings("imagefolder", str(tmp_path)), CPU, Alone())
 
 

@@ -114,7 +114,9 @@ def _memory(memory: RankMemory) -> dict[str, int]:
 
 def _text(made: Plan, chosen: dict[str, dict], flags: dict[str, str], notes: Sequence[str]) -> str:
     settings, way = made.settings, made.course
-    options = [[flags[name], "-" if entry["value"] is None else str(entry["value"]), entry["source"]] for name, entry in chosen.items()]
+    options = [
+        [flags[name], "-" if entry["value"] in (None, ()) else str(entry["value"]), entry["source"]] for name, entry in chosen.items()
+    ]
     sizes = [
         [f"{flow.operation} {flow.purpose}", f"{kind.count:,} {kind.unit}s", *_row(_sizes([flow], made.workers))]
         for kind in way.exchanges

@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from loft_hpc.analysis.timing import EXAMPLES
+from loft_hpc.cli.leave_out import leave_out_option
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings
 from loft_hpc.training.settings import PRECISIONS, SCHEDULES, Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 
@@ -55,10 +56,13 @@ def option(settings: type, name: str, help: str, **details: Any) -> Decorator:
 
 data_options = several(
     option(DataSettings, "dataset", "Data set; digits and textures travel with their packages.", type=click.Choice(DATASET_NAMES)),
-    option(DataSettings, "data_dir", "Folder with the files of cifar10, cifar100, imagenet or imagefolder.", type=click.Path()),
+    option(
+        DataSettings, "data_dir", "Folder with the files of fashion-mnist, cifar10, cifar100, imagenet or imagefolder.", type=click.Path()
+    ),
     option(DataSettings, "image_size", "Pixels per side, for textures, synthetic, imagenet and imagefolder.", type=click.IntRange(8)),
-    option(DataSettings, "download", "Fetch cifar10 or cifar100 into --data-dir first (rank 0 alone does).", is_flag=True),
+    option(DataSettings, "download", "Fetch fashion-mnist, cifar10 or cifar100 into --data-dir first (rank 0 alone does).", is_flag=True),
     option(DataSettings, "loader_workers", "Processes per rank that decode image files.", type=click.IntRange(0)),
+    leave_out_option,
 )
 
 moved_data_option = click.option("--data-dir", type=click.Path(), help="Folder of the data set, where it is not the one that the run used.")

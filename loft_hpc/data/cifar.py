@@ -7,7 +7,7 @@ from torchvision import datasets
 
 from loft_hpc.comm.world import World
 from loft_hpc.data.augment import Augmentation
-from loft_hpc.data.dataset import Batch, DataInfo, PixelRange, TensorDataSet, fingerprint
+from loft_hpc.data.dataset import Batch, DataInfo, DataMissing, PixelRange, TensorDataSet, fingerprint, first_line
 from loft_hpc.errors import LoftError
 
 READERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
@@ -22,7 +22,7 @@ def cifar(name: str, folder: Path, download: bool, device: torch.device, world: 
     """50,000 training and 10,000 test images, (3, 32, 32). `folder` holds the unpacked `cifar-10-batches-py` or `cifar-100-python`."""
     reader = READERS[name]
     if download:
-        world.on_root(lambda: _download(reader, folder))
+        world.on_root(lambda: download_by(reader, folder, reader.filename))
     sources = [_read(name, folder, train=train) for train in (True, False)]
     train, test = (_batch(source) for source in sources)
     mean, std = STATISTICS[name]
@@ -47,14 +47,14 @@ def _read(name: str, folder: Path, train: bool) -> datasets.CIFAR10:
     reader = READERS[name]
     inside = folder / reader.base_folder
     if not inside.is_dir():
-        raise LoftError(
+        raise DataMissing(
             f"no {name} in {folder} (looked for {inside}): add --download, or unpack {reader.filename} there and name the folder with --data-dir"
         )
     try:
         return reader(folder, train=train)
     except (RuntimeError, OSError, EOFError) as problem:
         raise LoftError(
-            f"the {name} files in {inside} are incomplete or corrupt ({_line(problem)}): delete them and add --download"
+            f"the {name} files in {inside} are incomplete or corrupt ({first_line(problem)}): delete them and add --download"
         ) from None
 
 
@@ -62,15 +62,10 @@ def _batch(source: datasets.CIFAR10) -> Batch:
     return torch.from_numpy(source.data).permute(0, 3, 1, 2), torch.tensor(source.targets)
 
 
-def _download(reader: type, folder: Path) -> None:
+def download_by(reader: type, folder: Path, what: str) -> None:
+    """Have one of torchvision's readers fetch its files, and verify them by their checksums. Raises LoftError where it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reader(folder, download=True)
     except Exception as problem:  # torchvision lets through whatever urllib, tarfile and the file system raise
-        raise LoftError(
-            f"{reader.filename} could not be downloaded to {folder} ({_line(problem)}): fetch it where there is a network"
-        ) from None
-
-
-def _line(problem: Exception) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise LoftError(f"{what} could not be downloaded to {folder} ({first_line(problem)}): fetch it where there is a network") from None

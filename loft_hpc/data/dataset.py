@@ -12,8 +12,18 @@ from torch import Tensor
 from loft_hpc import seeds
 from loft_hpc.data.augment import Augmentation
 from loft_hpc.data.order import Order
+from loft_hpc.errors import LoftError
 
 Batch = tuple[Tensor, Tensor]
+
+
+class DataMissing(LoftError):
+    """There is no such data set in the folder, whole or broken."""
+
+
+def first_line(problem: BaseException) -> str:
+    """What an exception of another library says, or its type where it says nothing."""
+    return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,43 @@
 """ImageNet and other images on disk: `train/` and `val/`, each with a folder for each class, or tars in their place."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from loft_hpc.comm.world import World
-from loft_hpc.data.dataset import Batch, DataInfo, DataSet, PixelRange, calibration_indices
+from loft_hpc.data.catalogue import SPLITS
+from loft_hpc.data.dataset import Batch, DataInfo, DataMissing, DataSet, PixelRange, calibration_indices
 from loft_hpc.data.index import Index, fingerprint_of, index_of
 from loft_hpc.data.listing import list_split
 from loft_hpc.data.loader import NORMALISATION, Images, Key, Loader
 from loft_hpc.data.order import Order
+from loft_hpc.data.registry import DataSettings
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import stem_for
 
-SPLITS = ("train", "val")
+NAMED = 3
+"""Classes that a message names."""
 
 
 class FolderDataSet(DataSet):
     """Images read from disk as they are needed. Made by all ranks together: rank 0 lists the images for all."""
 
-    def __init__(self, name: str, folder: Path, size: int, loader_workers: int, device: torch.device, world: World):
-        for split in SPLITS:
-            if not (folder / split).is_dir():  # on each rank: a node may lack the file system that rank 0 sees
-                raise LoftError(
-                    f"no {name} in {folder} (looked for {folder / split} with a folder or a tar for each class, or shards): "
-                    "name the folder that holds train/ and val/ with --data-dir"
-                )
-        splits = world.on_root(lambda: {split: index_of(folder, split, list_split) for split in SPLITS})
+    def __init__(self, settings: DataSettings, device: torch.device, world: World):
+        folder, name, size = Path(settings.data_dir), settings.dataset, settings.image_size or 224
+        missing = [split for split in SPLITS if not (folder / split).is_dir()]  # on each rank: a node may lack what rank 0 sees
+        if missing:
+            kind = DataMissing if len(missing) == len(SPLITS) else LoftError
+            raise kind(
+                f"no {name} in {folder} (looked for {folder / missing[0]} with a folder or a tar for each class, or shards): "
+                "name the folder that holds train/ and val/ with --data-dir"
+            )
+        splits = world.on_root(lambda: _list(folder, settings.leave_out))
         train, test = (splits[split] for split in SPLITS)
-        images = Images(folder, splits, size)
+        self.images = Images(folder, splits, size)
         # Evaluations come in the middle of the training, whose loader goes on reading ahead meanwhile.
-        self._training, self._evaluating = (Loader(images, loader_workers, device) for _ in range(2))
+        self._training, self._evaluating = (Loader(self.images, settings.loader_workers, device) for _ in range(2))
         self._device = device
         self._train_labels = train.labels.long()
         self._stream: tuple[list[Order], int, Iterator[Batch]] | None = None
@@ -85,15 +90,44 @@ def training_keys(orders: Sequence[Order], first_step: int) -> Iterator[list[Key
             yield [("train", index, (order.seed, step, order.rank, place)) for place, index in enumerate(batch)]
 
 
+def _list(folder: Path, leave_out: Sequence[str]) -> dict[str, Index]:
+    """Both splits without the images that are left out. Raises LoftError where there is no image of such a name, or none is left."""
+    splits = {split: index_of(folder, split, list_split) for split in SPLITS}
+    for split in SPLITS if leave_out else ():
+        try:
+            splits[split] = splits[split].without(name for name in leave_out if name.startswith(f"{split}/"))
+        except KeyError as problem:
+            raise LoftError(f"there is no image {folder / problem.args[0]} to leave out: take its name from the list") from None
+        if not len(splits[split]):
+            raise LoftError(f"all images of {folder / split} are left out: restore some, and take their names from the list")
+    return splits
+
+
 def _number_of_classes(folder: Path, train: Index, test: Index) -> int:
     """Raises LoftError where the splits name different classes, or where labels given as numbers leave one out."""
     if len(train.classes) and len(test.classes) and train.classes != test.classes:
-        raise LoftError(f"{folder}/train and {folder}/val hold different classes: give both the same")
+        ours, theirs = set(train.classes), set(test.classes)
+        only = [
+            f"{folder}/{split} alone has {_some(names)}" for split, names in (("train", ours - theirs), ("val", theirs - ours)) if names
+        ]
+        raise LoftError(f"train and val hold different classes ({'; '.join(only)}): give both the same")
     count = len(train.classes) or int(train.labels.max()) + 1
     present = torch.bincount(train.labels, minlength=count) > 0
     if not present.all():
-        raise LoftError(f"no image of {folder}/train has the label {int((~present).nonzero()[0])}: labels count from 0, without gaps")
+        label = int((~present).nonzero()[0])
+        if len(train.classes):
+            raise LoftError(
+                f"all images of {folder}/train/{train.classes[label]} are left out: restore some, and take their names from the list"
+            )
+        raise LoftError(f"no image of {folder}/train has the label {label}: labels count from 0, without gaps")
     if len(test.classes) not in (0, count) or int(test.labels.max()) >= count:
         others = len(test.classes) or int(test.labels.max()) + 1
         raise LoftError(f"{folder}/train holds {count} classes and {folder}/val {others}: give both the same")
     return count
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names of many, and how many there are more."""
+    first = sorted(names)
+    more = f" and {len(first) - NAMED:,} more" if len(first) > NAMED else ""
+    return ", ".join(first[:NAMED]) + more

@@ -1,9 +1,10 @@
 """What lies where in a split of an image data set on disk: listed once, kept in a file, and shared by all processes of a rank."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from loft_hpc.errors import LoftError
 from loft_hpc.files import read_tensors, write_tensors
+
+RULES = 2
+"""Which files count, and in which order: an index made by other rules is made again."""
 
 Stamp = tuple[int, int]
 """(time of the last change in ns, size in bytes) of a file; (time, 0) of a folder. Another stamp, another content."""
@@ -70,6 +74,18 @@ class Index:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def without(self, names: Iterable[str]) -> "Index":
+        """The same without the images of these names. Raises KeyError, with the first of them, for names that it does not hold."""
+        content, starts = self.names.content.numpy().tobytes(), self.names.starts.tolist()
+        numbers = {content[start:end]: number for number, (start, end) in enumerate(itertools.pairwise(starts))}
+        kept = torch.ones(len(self), dtype=torch.bool)
+        for name in names:
+            if os.fsencode(name) not in numbers:
+                raise KeyError(name)
+            kept[numbers[os.fsencode(name)]] = False
+        left = Names.of(os.fsdecode(name) for name, keep in zip(numbers, kept.tolist(), strict=True) if keep)
+        return replace(self, names=left, labels=self.labels[kept], places=self.places[kept] if self.in_tars else self.places)
+
 
 def fingerprint_of(splits: Iterable[Index]) -> str:
     """SHA-256 over the images' names."""
@@ -127,7 +143,7 @@ def _is_fresh(index: Index, folder: Path) -> bool:
 
 
 def _tensors(index: Index) -> dict[str, Tensor]:
-    tensors = {"labels": index.labels, "stamps": index.stamps, "places": index.places}
+    tensors = {"labels": index.labels, "stamps": index.stamps, "places": index.places, "rules": torch.tensor([RULES])}
     for kind in ("names", "classes", "sources"):
         names = getattr(index, kind)
         tensors |= {f"{kind}/content": names.content, f"{kind}/starts": names.starts}
@@ -140,6 +156,8 @@ def _read(path: Path) -> Index | None:
         tensors = read_tensors(path)
         names = {kind: Names(tensors[f"{kind}/content"], tensors[f"{kind}/starts"]) for kind in ("names", "classes", "sources")}
         index = Index(**names, labels=tensors["labels"], stamps=tensors["stamps"], places=tensors["places"])
+        if tensors["rules"].tolist() != [RULES]:
+            return None
     except (LoftError, OSError, KeyError):
         return None
     fits = len(index.names) == len(index.labels) and len(index.sources) == len(index.stamps)

@@ -1,29 +1,32 @@
 """Images from disk to the training device: decoded and cropped in processes of their own, sent as bytes, normalised in batches."""
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.Image import DecompressionBombError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from loft_hpc import seeds
 from loft_hpc.data.augment import Augmentation
-from loft_hpc.data.dataset import Batch
+from loft_hpc.data.catalogue import CHECKED_AT_ONCE
+from loft_hpc.data.dataset import Batch, first_line
 from loft_hpc.data.index import Index
+from loft_hpc.data.leave_out import to_line
 from loft_hpc.data.tars import TarReader
 from loft_hpc.errors import LoftError
+from loft_hpc.files import open_plain
 
 Key = tuple[str, int, tuple[int, ...] | None]
 """(split, image, the seed of its random choices and where in the training it stands); None for an image that is not augmented."""
 
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, DecompressionBombError)
-"""What Pillow raises on files that are missing, torn, or no images."""
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+"""Tags of TIFF."""
 
 NORMALISATION = Augmentation(padding=0, flip=False, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -45,20 +48,57 @@ class Images(Dataset):
         """(pixels (size, size, 3), label), or the sentence about an image that cannot be read."""
         split, number, place = key
         index = self._splits[split]
-        try:
-            image = decode(self._content(split, number))
-        except BROKEN as problem:
-            return f"the image {self._folder / index.names[number]} cannot be read ({problem}): restore or remove it"
+        image = self.read(split, number)
+        if isinstance(image, str):
+            name = index.names[number]
+            return (
+                f"the image {self._folder / name} cannot be read ({image}): restore it, and --resume goes on with a training; "
+                f"or start anew with --leave-out FILE, a list that holds the line {to_line(name)}"
+            )
         if place is None:
             return np.asarray(self._plain(image)), int(index.labels[number])
         seed, *where = place
         with _drawing(seeds.derive(seed, "augment", *where)):
             return np.asarray(self._augmented(image)), int(index.labels[number])
 
+    def read(self, split: str, number: int) -> Image.Image | str:
+        """An image as its file has it, RGB, or why it cannot be read."""
+        try:
+            return decode(self._content(split, number))
+        except OSError as problem:
+            return problem.strerror or first_line(problem)
+        except Exception as problem:  # Pillow's readers raise whatever a broken file leads them to
+            return first_line(problem)
+
+    def broken(self, workers: int) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+        """Read every image of every split, in so many processes: for a batch at a time its size, and which cannot be read, and why.
+
+        Raises LoftError where one of the processes was killed.
+        """
+        keys = [(split, number) for split, index in self._splits.items() for number in range(len(index))]
+        batches = [keys[start : start + CHECKED_AT_ONCE] for start in range(0, len(keys), CHECKED_AT_ONCE)]
+        for found in _read(_loader(_Checked(self), batches, list, workers)):
+            yield len(found), [(self._splits[split].names[number], why) for split, number, why in found if why is not None]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._splits.values()))
+
     def _content(self, split: str, number: int) -> bytes:
         if split in self._tars:
             return self._tars[split].read(number)
-        return (self._folder / self._splits[split].names[number]).read_bytes()
+        with open_plain(self._folder / self._splits[split].names[number]) as file:
+            return file.read()
+
+
+class _Checked(Dataset):
+    """Looks up (split, image) and gives (split, image, why it cannot be read or None)."""
+
+    def __init__(self, images: Images):
+        self._images = images
+
+    def __getitem__(self, key: tuple[str, int]) -> tuple[str, int, str | None]:
+        found = self._images.read(*key)
+        return *key, found if isinstance(found, str) else None
 
 
 @contextmanager
@@ -76,12 +116,48 @@ def _drawing(seed: int) -> Iterator[None]:
 
 
 def decode(content: bytes) -> Image.Image:
-    """An image file's pixels, RGB."""
-    image = Image.open(io.BytesIO(content))
-    if image.mode != "RGB":
+    """An image file's pixels, RGB with 8 bits; of several images in a file the first. docs/file-formats.md says what becomes of others.
+
+    Raises OSError or ValueError, or what else Pillow raises on files that are torn or no images, and ValueError for pixels whose
+    range nobody knows.
+    """
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        raise ValueError("no image that Pillow knows" if content else "an empty file") from None
+    if image.format == "TIFF" and set(image.tag_v2.get(SAMPLE_FORMAT, (1,))) != {1}:
+        raise ValueError("its pixels are signed or no whole numbers: convert it to 8 bits")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()  # where a file has 16 bits, Pillow takes the upper 8
+        return image
+    if image.mode[0] in "IF":  # I, I;16, I;16B, ..., F
+        return _of_16_bits(image)
+    if not image.has_transparency_data:
         return image.convert("RGB")
-    image.load()
-    return image
+    if image.mode == "RGB" and max(image.info["transparency"]) > 255:
+        raise ValueError("16 bits with a transparent colour: convert it to 8 bits")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _of_16_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits by its upper 8, as Pillow does with colours. Its own conversion takes the lowest and clips.
+
+    Raises ValueError where the range of its pixels is another or unknown (12, 32 bits, floating point), and where nothing would be
+    left of it: levels of a few bits in a file of 16.
+    """
+    known = image.format in ("PNG", "PPM", "JPEG2000")  # whose readers scale to 16 bits what has more than 8
+    if image.format == "TIFF":
+        known = tuple(image.tag_v2.get(BITS, ())) == (16,) and image.tag_v2.get(PHOTOMETRIC) == 1  # black is 0
+    if image.mode == "F" or not known:
+        raise ValueError(f"pixels of more than 8 bits whose range is not known (mode {image.mode}): convert it to 8 bits")
+    levels = np.array(image)
+    if (transparent := image.info.get("transparency")) is not None:
+        levels[levels == transparent] = 65535
+    grey = (levels >> 8).astype(np.uint8)
+    if grey.min() == grey.max() and levels.min() != levels.max():
+        raise ValueError(f"16 bits of which only levels {levels.min()} to {levels.max()} are used: spread them, and convert it to 8 bits")
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _stack(samples: list) -> Batch | str:
@@ -95,6 +171,28 @@ def _stack(samples: list) -> Batch | str:
     return torch.from_numpy(np.stack([pixels for pixels, _ in samples])), torch.tensor([label for _, label in samples])
 
 
+def _loader(images: Dataset, batches: Iterable[list], collate: Callable[[list], Any], workers: int, **details: Any) -> DataLoader:
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        multiprocessing_context="spawn" if workers else None,
+        generator=torch.Generator(),  # else it would draw from the global one
+        **details,
+    )
+
+
+def _read(loader: DataLoader) -> Iterator[Any]:
+    """Its batches. Raises LoftError where one of its processes was killed."""
+    try:
+        yield from loader
+    except RuntimeError as problem:
+        if "DataLoader worker" not in str(problem):
+            raise
+        raise LoftError("a process that reads images was killed (out of memory?): lower --loader-workers") from None
+
+
 class Loader:
     """torch's DataLoader with processes that outlive a pass, since starting them costs seconds.
 
@@ -104,16 +202,7 @@ class Loader:
     def __init__(self, images: Images, workers: int, device: torch.device):
         self._device = device
         self._keys = _Keys()
-        self._loader = DataLoader(
-            images,
-            batch_sampler=self._keys,
-            num_workers=workers,
-            collate_fn=_stack,
-            pin_memory=device.type == "cuda",
-            multiprocessing_context="spawn" if workers else None,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # else it would draw from the global one
-        )
+        self._loader = _loader(images, self._keys, _stack, workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
 
     def batches(self, keys: Iterable[list[Key]]) -> Iterator[Batch]:
         """The images of each list of keys, (N, 3, size, size) float32 normalised and channels last, with labels, on the device.
@@ -121,16 +210,8 @@ class Loader:
         Raises LoftError where an image cannot be read, or where one of the processes was killed.
         """
         self._keys.source = keys
-        batches = map(self._on_device, self._read())
+        batches = map(self._on_device, _read(self._loader))
         return _ahead(batches, self._device) if self._device.type == "cuda" else batches
-
-    def _read(self) -> Iterator[Batch | str]:
-        try:
-            yield from self._loader
-        except RuntimeError as problem:
-            if "DataLoader worker" not in str(problem):
-                raise
-            raise LoftError("a process that reads images was killed (out of memory?): lower --loader-workers") from None
 
     def _on_device(self, batch: Batch | str) -> Batch:
         if isinstance(batch, str):

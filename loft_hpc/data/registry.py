@@ -8,16 +8,13 @@ import torch
 
 from loft_hpc.comm.world import World
 from loft_hpc.data import embedded
+from loft_hpc.data.catalogue import CIFAR, DATASET_NAMES, DOWNLOADED, FIXED_SIZE, IMAGE_FOLDERS, MAX_LOADER_WORKERS, SPLITS
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import stem_for
 
-DATASET_NAMES = ("digits", "textures", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic")
-CIFAR = ("cifar10", "cifar100")
-FIXED_SIZE = ("digits", *CIFAR)
 _LABEL_BYTES = 8
 IMAGE_SIZES = range(8, 1025)
-MAX_LOADER_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class DataShape:
 _SHAPES = {
     "digits": DataShape(10, 1, 8, 1437, 360, 4),
     "textures": DataShape(18, 1, 32, 3600, 900, 4),
+    "fashion-mnist": DataShape(10, 1, 28, 60_000, 10_000, 1),
     "cifar10": DataShape(10, 3, 32, 50_000, 10_000, 1),
     "cifar100": DataShape(100, 3, 32, 50_000, 10_000, 1),
     "imagenet": DataShape(1000, 3, 224, 1_281_167, 50_000, 0),
@@ -67,13 +65,15 @@ class DataSettings:
 
     dataset: str = "digits"
     data_dir: str = "data"
-    """Folder that holds the files of cifar10, cifar100, imagenet and imagefolder."""
+    """Folder that holds the files of fashion-mnist, cifar10, cifar100, imagenet and imagefolder."""
     image_size: int | None = None
-    """Height and width in pixels; None for the data set's own. digits and CIFAR have a fixed one."""
+    """Height and width in pixels; None for the data set's own. digits, Fashion-MNIST and CIFAR have a fixed one."""
     download: bool = field(default=False, metadata={"ordered": True})
     """Fetch them first. Somebody's run is no order to write into `data_dir`: of settings on disk this one is not read."""
     loader_workers: int = 2
     """Processes per rank that decode image files (imagenet, imagefolder)."""
+    leave_out: tuple[str, ...] = ()
+    """Images that are no part of the data (imagenet, imagefolder), named as in the index: train/CLASS/IMAGE."""
 
     @property
     def synthetic(self) -> bool:
@@ -102,10 +102,14 @@ class DataSettings:
             raise LoftError(f"--loader-workers {self.loader_workers} must lie between 0 and {MAX_LOADER_WORKERS}", usage=True)
         if "\0" in self.data_dir:
             raise LoftError("--data-dir names no folder: it holds a null byte", usage=True)
+        if self.download and self.dataset not in DOWNLOADED:
+            raise LoftError(f"--download serves {', '.join(DOWNLOADED)}; {self.dataset} is not fetched", usage=True)
+        if self.leave_out and self.dataset not in IMAGE_FOLDERS:
+            raise LoftError(f"--leave-out serves {' and '.join(IMAGE_FOLDERS)}: omit it for {self.dataset}", usage=True)
+        if not all(name.startswith(tuple(f"{split}/" for split in SPLITS)) for name in self.leave_out):
+            raise LoftError("images that are left out are named train/CLASS/IMAGE or val/CLASS/IMAGE")
         # recorded whole, so that a run can be resumed from any folder
         object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
-        if self.download and self.dataset not in CIFAR:
-            raise LoftError(f"--download serves cifar10 and cifar100; {self.dataset} is not fetched", usage=True)
 
 
 def open_data(settings: DataSettings, device: torch.device, world: World) -> DataSet:
@@ -122,6 +126,10 @@ def open_data(settings: DataSettings, device: torch.device, world: World) -> Dat
         from loft_hpc.data.cifar import cifar
 
         return cifar(settings.dataset, folder, settings.download, device, world)
+    if settings.dataset == "fashion-mnist":
+        from loft_hpc.data.fashion_mnist import fashion_mnist
+
+        return fashion_mnist(folder, settings.download, device, world)
     from loft_hpc.data.folders import FolderDataSet
 
-    return FolderDataSet(settings.dataset, folder, settings.image_size or 224, settings.loader_workers, device, world)
+    return FolderDataSet(settings, device, world)

@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from loft_hpc.data.dataset import TensorDataSet
+from loft_hpc.data.dataset import TensorDataSet, first_line
 from loft_hpc.errors import LoftError
 
 CIFAR_C_CORRUPTIONS = (
@@ -89,14 +89,10 @@ def _read(path: Path, array_of: Callable, mapped: bool = False) -> np.ndarray:
         # Of its 19 arrays CIFAR-C needs a fifth of one at a time. allow_pickle: a file from elsewhere must not run code.
         array = array_of(np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False))
     except BROKEN as problem:
-        raise LoftError(f"{path} cannot be read ({_line(problem)}): fetch it again") from None
+        raise LoftError(f"{path} cannot be read ({first_line(problem)}): fetch it again") from None
     if not isinstance(array, np.ndarray):
         raise LoftError(f"{path} holds an archive instead of an array: fetch it again")
     return array
-
-
-def _line(problem: Exception) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
 def _refuse_other(data: TensorDataSet, names: tuple[str, ...], what: str) -> None:

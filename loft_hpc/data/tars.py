@@ -1,22 +1,27 @@
 """Images inside uncompressed tars: a million files less for a file server. Nothing is ever unpacked; a member's name is only a name."""
 
 import os
+import posixpath
 import tarfile
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from loft_hpc.data.index import Index, Stamp, stamp
+from loft_hpc.data.naming import is_hidden, is_image
 from loft_hpc.errors import LoftError
+from loft_hpc.files import open_plain
 
 OPEN_TARS = 64
 """A process keeps at most so many open."""
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 SHARD_IMAGES = ("jpg", "jpeg", "png")
+LABEL_BYTES = 32
+LINKS = 40
+"""A chain of links is followed as far as Linux follows it."""
 
 Member = tuple[str, int, int]
 """(name, first byte of its content in the tar, bytes)."""
@@ -24,47 +29,105 @@ Member = tuple[str, int, int]
 
 @dataclass
 class Tar:
-    """What a tar holds."""
+    """What a tar holds, dot files left out."""
 
     path: Path
     stamp: Stamp
     images: list[Member] = field(default_factory=list)
-    """In the order in which they lie there."""
-    others: int = 0
-    """Files that are no images."""
+    """In the order in which they lie there; a link to an image is one, with the content of that."""
+    other: str | None = None
+    """The first file that is no image; None where there are images alone."""
     labels: dict[str, bytes] = field(default_factory=dict)
     """The contents of KEY.cls, by KEY."""
+    strange: dict[str, str] = field(default_factory=dict)
+    """What is neither a file nor a folder nor a link to a file of this tar: by name, in words."""
 
 
 def scan(path: Path) -> Tar:
-    """List a tar by its headers. Raises LoftError where it is compressed, torn or no tar."""
-    tar = Tar(path, stamp(path.stat(), folder=False))
-    _refuse_compressed(path)
-    try:
-        with open(path, "rb", buffering=1 << 16) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                name = member.name.removeprefix("./")
-                key, kind = _key(name)
-                if name.lower().endswith(IMG_EXTENSIONS):
-                    tar.images.append((name, member.offset_data, member.size))
-                else:
-                    tar.others += 1
-                if kind == "cls":
-                    tar.labels[key] = archive.extractfile(member).read(32)
-            # tarfile takes a header that it cannot read for the end, and so a torn tar for a short one: a whole one ends in zeros.
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no end mark, the listing stops at byte {archive.offset:,}")
-    except (tarfile.TarError, ValueError, EOFError) as problem:
-        raise LoftError(f"{path} is torn or no tar ({problem}): fetch it anew") from None
+    """List a tar by its headers. Raises LoftError where it is compressed, torn or no tar, or holds a name twice."""
+    with open_plain(path) as file:
+        tar = Tar(path, stamp(os.fstat(file.fileno()), folder=False))
+        _refuse_compressed(path, file.read(8))
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                entries = _entries(path, archive)
+                # tarfile takes a header that it cannot read for the end, and so a torn tar for a short one: a whole one ends in zeros.
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"no end mark, the listing stops at byte {archive.offset:,}")
+        except (tarfile.TarError, ValueError, EOFError) as problem:
+            raise LoftError(f"{path} is torn or no tar ({problem}): fetch it anew") from None
+        for name in entries:
+            if not is_hidden(name):
+                _take(tar, name, entries, file)
     return tar
 
 
-def _refuse_compressed(path: Path) -> None:
-    with open(path, "rb") as file:
-        begin = file.read(8)
+@dataclass(frozen=True)
+class _Link:
+    target: str
+    """The name that it leads to."""
+    words: str
+
+
+Entries = dict[str, Member | _Link | str]
+"""What stands under a name, folders aside: a file, a link, or in words what is neither."""
+
+
+def _entries(path: Path, archive: tarfile.TarFile) -> Entries:
+    """All members in their order. Raises LoftError where two have one name: whichever was taken might be the wrong one."""
+    entries: Entries = {}
+    for member in archive:
+        if member.isdir():
+            continue
+        name = posixpath.normpath(member.name).lstrip("/")  # as unpacked
+        if name in entries:
+            raise LoftError(
+                f"{path} holds {name} twice: make the tar anew, with each name once (tar --append adds another of the same name)"
+            )
+        if member.isfile() and not member.issparse():
+            entries[name] = (name, member.offset_data, member.size)
+        elif member.islnk():
+            entries[name] = _Link(posixpath.normpath(member.linkname).lstrip("/"), f"a hard link to {member.linkname}")
+        elif member.issym():
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+            entries[name] = _Link(target, f"a link to {member.linkname}")
+        else:
+            entries[name] = "a sparse file" if member.isfile() else "a pipe, a device or something else that is no file"
+    return entries
+
+
+def _file(entries: Entries, name: str) -> Member | None:
+    """The file that a name stands for, through as many links as a kernel follows; None where it stands for none."""
+    for _ in range(LINKS):
+        entry = entries.get(name)
+        if not isinstance(entry, _Link):
+            return entry if isinstance(entry, tuple) else None
+        name = entry.target
+    return None
+
+
+def _take(tar: Tar, name: str, entries: Entries, file: BinaryIO) -> None:
+    """Enter what stands under a name into the tar's list. Raises LoftError where a key has two labels."""
+    found = _file(entries, name)
+    if found is None:
+        entry = entries[name]
+        tar.strange[name] = f"{entry.words}, which is no file of this tar" if isinstance(entry, _Link) else str(entry)
+        return
+    _, start, size = found
+    if is_image(name):
+        tar.images.append((name, start, size))
+        return
+    tar.other = tar.other or name
+    key, kind = _key(name)
+    if kind == "cls":
+        if key in tar.labels:
+            raise LoftError(f"{tar.path} holds two labels for the key {key} (KEY.cls in two ways of writing): keep one")
+        tar.labels[key] = os.pread(file.fileno(), min(size, LABEL_BYTES), start)
+
+
+def _refuse_compressed(path: Path, begin: bytes) -> None:
     for magic, name in COMPRESSED.items():
         if begin.startswith(magic):
             raise LoftError(f"{path} is compressed ({name}), so single images cannot be read from it: decompress it to a plain .tar")
@@ -77,34 +140,49 @@ def _key(name: str) -> tuple[str, str]:
     return folder + slash + key, kind.lower()
 
 
+def _refuse_strange(tar: Tar, counts: Callable[[str], bool]) -> None:
+    """Raises LoftError for the first member of which a run would need the content, and which has none in the tar."""
+    for name, words in tar.strange.items():
+        if counts(name):
+            raise LoftError(f"{tar.path} holds {name}, {words}: make the tar of plain files (tar --dereference --hard-dereference)")
+
+
 def class_tar(tar: Tar, label: int) -> tuple[list[Member], list[int]]:
-    """The images of a tar that is a class, in the order of their names as in a folder, and their labels."""
+    """The images of a tar that is a class, in the order that they have in a folder, and their labels.
+
+    Raises LoftError where there are none, and for links that lead to no file in the tar: in a folder they would lead to images.
+    """
+    _refuse_strange(tar, lambda name: is_image(name) or "link" in tar.strange[name])
     if not tar.images:
         raise LoftError(f"{tar.path} holds no images: remove it, or fetch it anew")
-    return sorted(tar.images), [label] * len(tar.images)
+    return sorted(tar.images, key=lambda member: member[0].rpartition("/")[::2]), [label] * len(tar.images)
 
 
 def shard(tar: Tar) -> tuple[list[Member], list[int]]:
     """The images of a WebDataset shard, as they lie there, and their labels.
 
-    Raises LoftError where an image has no label or a label no image.
+    Raises LoftError where an image has no label or a label no image, and where two images have one key.
     """
-    images, labels, unused = [], [], set(tar.labels)
+    _refuse_strange(tar, lambda name: _key(name)[1] in (*SHARD_IMAGES, "cls"))
+    images: dict[str, Member] = {}
     for member in tar.images:
         key, kind = _key(member[0])
         if kind not in SHARD_IMAGES:
             continue
         if key not in tar.labels:
+            beside = f", not {tar.other}" if tar.other else ""
             raise LoftError(
-                f"{tar.path} holds no label {key}.cls for {member[0]}: a shard has KEY.cls beside each image, the tar of a class images alone"
+                f"{tar.path} holds no label {key}.cls for {member[0]}: a shard has KEY.cls beside each image, "
+                f"the tar of a class images alone{beside}"
             )
-        images.append(member)
-        labels.append(_number(tar, key))
-        unused.discard(key)
+        if key in images:
+            raise LoftError(f"{tar.path} holds two images of the key {key} ({images[key][0]}, {member[0]}): give each a key of its own")
+        images[key] = member
+    unused = tar.labels.keys() - images.keys()
     if unused or not images:
         what = f"the label {min(unused)}.cls without its image" if unused else "no images"
         raise LoftError(f"{tar.path} holds {what}: a shard has KEY.jpg, .jpeg or .png beside KEY.cls (no dot in KEY)")
-    return images, labels
+    return list(images.values()), [_number(tar, key) for key in images]
 
 
 def _number(tar: Tar, key: str) -> int:

@@ -1,13 +1,20 @@
-"""`loft doctor`: what is installed, what is missing, and what mends it."""
+"""`loft doctor`: what is installed, what is missing, which data can be read, and what mends it."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from loft_hpc.comm import installed
+from loft_hpc.data.catalogue import DATASET_NAMES, DOWNLOADED, IMAGE_FOLDERS
+from loft_hpc.errors import LoftError
 
-_DATA_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+if TYPE_CHECKING:  # torch may be what is missing
+    from loft_hpc.data.dataset import DataSet
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,7 @@ class Finding:
 
     name: str
     state: str
-    """`ok`, `note` (works, but worth knowing) or `missing`."""
+    """`ok`, `note` (works, but worth knowing), `missing`, or `broken` (data that a training would refuse)."""
     found: str
     mend: str = ""
     """What to do about it; empty where nothing needs doing."""
@@ -102,13 +109,71 @@ def _data(folder: Path) -> list[Finding]:
             findings.append(Finding(name, "ok", f"inside {package} {version(package)}"))
         except PackageNotFoundError:
             findings.append(Finding(name, "missing", f"{package} is not installed", "bin/setup"))
-    for name, inside in _DATA_FOLDERS.items():
-        if (folder / inside).is_dir():
-            findings.append(Finding(name, "ok", str(folder / inside)))
-        else:
-            findings.append(Finding(name, "note", f"not in {folder}", f"loft pretrain --dataset {name} --download, or --data-dir"))
-    if (folder / "train").is_dir() and (folder / "val").is_dir():
-        findings.append(Finding("image folder", "ok", f"{folder}/train and {folder}/val"))
-    else:
-        findings.append(Finding("image folder", "note", f"no train/ and val/ in {folder}", "for imagenet and imagefolder: --data-dir"))
+    for name in (*DOWNLOADED, "imagefolder"):
+        found = look(name, folder)[0]
+        if found.state == "missing":  # no training needs all of them
+            how = (
+                "for imagenet and imagefolder: --data-dir"
+                if name in IMAGE_FOLDERS
+                else f"loft pretrain --dataset {name} --download, or --data-dir"
+            )
+            found = Finding(name, "note", f"not in {folder}", how)
+        findings.append(found)
     return findings
+
+
+class _Alone:
+    """One process, which needs no MPI to read data."""
+
+    rank, size = 0, 1
+
+    def on_root(self, action: Callable[[], Any]) -> Any:
+        return action()
+
+
+def look(dataset: str, folder: Path, leave_out: tuple[str, ...] = (), loader_workers: int = 2) -> tuple[Finding, DataSet | None]:
+    """Open a data set as a training does, with its index. Raises LoftError, marked as usage, for settings that contradict themselves."""
+    if dataset not in DATASET_NAMES:
+        raise LoftError(f"unknown data set '{dataset}': choose one of {', '.join(DATASET_NAMES)}", usage=True)
+    try:
+        import torch
+
+        from loft_hpc.data.dataset import DataMissing
+        from loft_hpc.data.registry import DataSettings, open_data
+    except (ImportError, RuntimeError) as problem:  # a torchvision of another release raises RuntimeError
+        return Finding(dataset, "missing", str(problem).splitlines()[0], "bin/setup"), None
+    settings = DataSettings(dataset, str(folder), loader_workers=loader_workers, leave_out=leave_out)
+    try:
+        data = open_data(settings, torch.device("cpu"), _Alone())
+    except LoftError as problem:
+        return Finding(dataset, "missing" if isinstance(problem, DataMissing) else "broken", str(problem)), None
+    except (ImportError, RuntimeError) as problem:
+        return Finding(dataset, "missing", str(problem).splitlines()[0], "bin/setup"), None
+    info = data.info
+    without = f", {len(leave_out):,} left out" if leave_out else ""
+    found = f"{info.num_classes:,} classes, {info.train_images:,} training and {info.test_images:,} test images{without}"
+    return Finding(dataset, "ok", found), data
+
+
+def broken_images(data: DataSet, loader_workers: int, told: Callable[[int, int, int], None]) -> list[tuple[str, str]]:
+    """Decode all images of a data set on disk: the names of those that cannot be read, and why.
+
+    `told` hears how many are done, of how many, and how many of them are broken.
+    """
+    from loft_hpc.data.folders import FolderDataSet
+
+    if not isinstance(data, FolderDataSet):
+        raise LoftError(f"--every-image serves {' and '.join(IMAGE_FOLDERS)}: omit it for {data.info.name}", usage=True)
+    done, broken = 0, []
+    for images, found in data.images.broken(loader_workers):
+        done, broken = done + images, broken + found
+        told(done, len(data.images), len(broken))
+    return broken
+
+
+def write_list(path: Path, names: Iterable[str]) -> None:
+    """A new list of images for --leave-out. Raises LoftError where it cannot be written."""
+    from loft_hpc.data.leave_out import to_text
+    from loft_hpc.files import write_atomically
+
+    write_atomically(path, os.fsencode(to_text(names)))

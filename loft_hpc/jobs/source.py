@@ -163,7 +163,7 @@ class RunSource:
 
 def _refuse_other_search(run: Run, settings: SearchSettings, details: dict) -> None:
     """A search goes on as it was begun. Raises LoftError, naming the first difference."""
-    before = leaves(run.configuration) | leaves({"search": run.description.get("search") or {}})
+    before = {"leave_out": []} | leaves(run.configuration) | leaves({"search": run.description.get("search") or {}})
     now = leaves(to_json(settings)) | leaves({"search": details})
     for name, value in now.items():
         if name not in CHANGEABLE and before.get(name) != value:
