@@ -160,12 +160,15 @@ def variants_of(ticket: Ticket, rewind: str) -> dict[str, Callable[[int], Ticket
     if ticket.scores is not None:
         made["inverted"] = lambda seed: other("inverted", ticket.mask.inverted(ticket.scores), weights)
     if ticket.mask.kind != "layer":  # random blocks are shuffled blocks
-        made["random"] = lambda seed: other("random", random_like(ticket.mask, seed), weights)
+        made["random"] = lambda seed: other("random", random_like(ticket.mask, seed, ticket.provenance.get("round_to")), weights)
     return made
 
 
-def random_like(mask: Mask, seed: int) -> Mask:
-    """As many units altogether. Of filters: the same density in every block. Of weights: smart ratios, as in the Gem-Miner paper."""
+def random_like(mask: Mask, seed: int, round_to: Any = 1) -> Mask:
+    """As many units altogether. Of filters: the same density in every block. Of weights: smart ratios, as in the Gem-Miner paper.
+
+    Where the filters of a ticket were rounded to a multiple, every block has a multiple here too, if that many can be dealt in multiples.
+    """
     draw = np.random.default_rng(seeds.derive(seed, "ticket", 3))
     if isinstance(mask, WeightMask):
         sizes = {name: kept.numel() for name, kept in mask.kept.items()}
@@ -175,8 +178,12 @@ def random_like(mask: Mask, seed: int) -> Mask:
         drawn = {name: np.sort(draw.permutation(sizes[name])[: counts[name]]) for name in sizes}
         return WeightMask(mask.dense, {name: as_mask(drawn[name], own.shape) for name, own in mask.kept.items()})
     groups = filter_groups(mask.dense)
-    counts = even_counts({group.name: group.width for group in groups}, sum(mask.hidden_widths.values()))
-    chosen = {group.name: np.sort(draw.permutation(group.width)[: counts[group.name]]) for group in groups}
+    multiple = round_to if type(round_to) is int and round_to > 1 else 1
+    widths, keep = {group.name: group.width for group in groups}, sum(mask.hidden_widths.values())
+    if keep % multiple or min(widths.values()) < multiple or keep > sum(width // multiple * multiple for width in widths.values()):
+        multiple = 1  # blocks that are kept whole, and of no such width
+    counts = even_counts({name: width // multiple for name, width in widths.items()}, keep // multiple)
+    chosen = {group.name: np.sort(draw.permutation(group.width)[: multiple * counts[group.name]]) for group in groups}
     return FilterMask(mask.dense, {name: torch.from_numpy(kept) for name, kept in chosen.items()})
 
 
