@@ -13,10 +13,12 @@ from loft_hpc import seeds
 from loft_hpc.analysis.statistics import mean_interval
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
+from loft_hpc.data.registry import open_data
 from loft_hpc.errors import Interrupted, LoftError
 from loft_hpc.files import read_tensors, refuse_links_outside
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import ANYWHERE, flatten, from_json
+from loft_hpc.jobs.trained_on import TrainedOn, meet
 from loft_hpc.models.groups import filter_groups, parameters_of
 from loft_hpc.models.resnet import build
 from loft_hpc.runs.run import Run
@@ -73,6 +75,8 @@ class Checked:
     variants: Sequence[Variant]
     verdict: str
     why: str
+    note: str | None = None
+    """About the images that everything was retrained on."""
 
 
 class CheckWatcher(Protocol):
@@ -95,7 +99,8 @@ def check(
     retraining = recipe(ticket)
     variants = variants_of(ticket, retraining.rewind)
     work = [(name, seed) for name in variants for seed in range(settings.seeds)]
-    place(retraining.computation.device, retraining.computation.precision, world)
+    device, _ = place(retraining.computation.device, retraining.computation.precision, world)
+    note = meet(TrainedOn.of(path, ticket.dense), open_data(retraining.data, device, world).info)
     folders = {(name, seed): path / "checks" / settings.name / f"{name}-seed{seed}" for name, seed in work}
     world.on_root(lambda: [_refuse_other_recipe(folders[name, seed], replace(retraining, rewind="none", seed=seed)) for name, seed in work])
     mine, failures, told, alone = [], [], False, world.alone()
@@ -122,7 +127,8 @@ def check(
         if problems:
             raise LoftError(f"{problems[0]} (what is trained is kept in {path / 'checks' / settings.name})")
     results = {(name, seed): accuracy for part in parts for name, seed, accuracy in part[0]}
-    return judge_ticket({name: [results[name, seed] for seed in range(settings.seeds)] for name in variants}, settings.xi)
+    checked = judge_ticket({name: [results[name, seed] for seed in range(settings.seeds)] for name in variants}, settings.xi)
+    return replace(checked, note=note)
 
 
 def _refuse_other_recipe(folder: Path, settings: RetrainSettings) -> None:
@@ -240,6 +246,7 @@ def to_fields(checked: Checked) -> dict[str, Any]:
     return {
         "verdict": checked.verdict,
         "why": checked.why,
+        "note": checked.note,
         "variants": [
             {
                 "variant": variant.name,
