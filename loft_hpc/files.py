@@ -140,21 +140,39 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that `write_tensors` wrote. Raises LoftError where it is missing, torn or altered."""
-    if not path.is_file():
-        raise LoftError(f"there is no {path}")
-    if path.stat().st_size > _memory_bytes() // 2:
-        raise LoftError(f"{path} holds more than half of this machine's memory: restore it or make it anew")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dictionary; not the mapped file)
-            expected = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError, ValueError, AttributeError) as problem:  # AttributeError: a type that this torch does not have
-        raise LoftError(
-            f"{path} is truncated or no safetensors file ({str(problem).splitlines()[0]}): restore it or make it anew"
-        ) from None
+    tensors, expected = _tensors_and_checksum(path, "restore it or make it anew")
     if expected != checksum(tensors):
         raise LoftError(f"{path} was altered after it was written (its checksum does not fit): restore it or make it anew")
     return tensors
+
+
+def read_any_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of anybody's safetensors file, and the SHA-256 of its bytes, as `sha256sum` prints it.
+
+    Raises LoftError where it is missing, larger than half of the memory, or no such file; a checksum of ours is verified where there is one.
+    """
+    tensors, expected = _tensors_and_checksum(path, "give one that safetensors.torch.save_file wrote")
+    if expected not in (None, checksum(tensors)):
+        raise LoftError(f"{path} was altered after it was written (its checksum does not fit): restore it or make it anew")
+    digest = hashlib.sha256()
+    with open_plain(path) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return tensors, digest.hexdigest()
+
+
+def _tensors_and_checksum(path: Path, advice: str) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a safetensors file, and the checksum that its metadata name, if any."""
+    if not path.is_file():
+        raise LoftError(f"{path} is no file: {advice}" if path.exists() else f"there is no {path}")
+    if path.stat().st_size > _memory_bytes() // 2:
+        raise LoftError(f"{path} holds more than half of this machine's memory: {advice}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dictionary; not the mapped file)
+            return tensors, (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError, ValueError, AttributeError) as problem:  # AttributeError: a type that this torch does not have
+        raise LoftError(f"{path} is truncated or no safetensors file ({str(problem).splitlines()[0]}): {advice}") from None
 
 
 def _memory_bytes() -> int:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +15,13 @@ import torch
 
 from loft_hpc.analysis.size import network_size, ticket_size
 from loft_hpc.errors import LoftError
-from loft_hpc.jobs.check import judge_ticket
+from loft_hpc.jobs.check import judge_ticket, random_like
+from loft_hpc.jobs.prune import ticket_name
 from loft_hpc.models.architecture import Architecture, architecture
 from loft_hpc.models.groups import filter_groups
 from loft_hpc.models.resnet import build
+from loft_hpc.models.scores import filter_scores
+from loft_hpc.runs.run import Run
 from loft_hpc.tickets import finders  # noqa: F401 (they register themselves)
 from loft_hpc.tickets.counts import kept_count, kept_of_all, kept_of_each, largest_of_all
 from loft_hpc.tickets.finders.gem_miner import paper_regulariser, search_rate
@@ -350,6 +354,103 @@ def test_the_example_in_the_architecture_page_is_a_finder():
         assert found.mask.selection["layer2.1"].tolist() == list(range(6))
     finally:
         FINDERS.pop("oldest", None)
+
+
+# -- widths for real speed ---------------------------------------------------------------------------------------------------
+
+ROUNDING = [("magnitude", {}), ("magnitude", {"criterion": "l1", "scope": "global"}), ("loft", {}), ("random", {"seed": 3}), ("bn-scale", {}),
+            ("bn-scale", {"scope": "layer"}), ("early-bird", {"patience": 1})]  # fmt: skip
+"""Every finder of filters, in every scope."""
+
+
+def drawn_source(path: Path, draw: Random, multiple: int) -> SimpleNamespace:
+    """A LoFT run's network of random widths, no narrower than `multiple`, with snapshots of rankings that stand still."""
+    widths = tuple(draw.randint(max(8, multiple), 5 * multiple + 8) for _ in range(3))
+    dense = Architecture("drawn", (1, 2, 1), widths, False, 1, "cifar", 1, 10)
+    groups = filter_groups(dense)
+    state = build(dense, seed=draw.randrange(1000)).state_dict()
+    for group in groups:
+        state[group.scale].copy_(torch.tensor([draw.choice((0.25, 0.5, draw.random())) for _ in range(group.width)]))  # some are equal
+    run = Run.create(path, "pretrain", {"strategy": "loft"}, {"architecture": dense.to_json(), "steps_per_epoch": 1, "total_steps": 2})
+    for step in range(3):
+        run.snapshots.write_scores(step, filter_scores(state, groups))
+    run.snapshots.write("epoch-002", state)
+    return SimpleNamespace(
+        run=run, at="emerged", architecture=dense, groups=groups, state=lambda at: state, file=str, cost=lambda at: Cost()
+    )
+
+
+def nearest(count: int, width: int, multiple: int) -> int:
+    """By looking at all multiples: the nearest, of two the larger, and no more than the layer has."""
+    multiples = range(multiple, width + multiple, multiple)
+    return min(width, min(multiples, key=lambda candidate: (abs(candidate - count), -candidate)))
+
+
+MULTIPLES = (2, 3, 5, 8, 8, 16)
+
+
+@pytest.fixture(scope="module")
+def drawn_sources(tmp_path_factory) -> list[SimpleNamespace]:
+    folder = tmp_path_factory.mktemp("drawn")
+    return [drawn_source(folder / str(seed), Random(seed), multiple) for seed, multiple in enumerate(MULTIPLES)]
+
+
+@pytest.mark.parametrize(("method", "options"), ROUNDING)
+def test_rounded_widths_are_the_nearest_multiples_and_stay_nested(drawn_sources, method, options):
+    for source, multiple in zip(drawn_sources, MULTIPLES, strict=True):
+        draw = Random(multiple)
+        wider: dict[str, set[int]] = {group.name: set(range(group.width)) for group in source.groups}
+        for ratio in sorted(draw.uniform(0.02, 0.85) for _ in range(5)):
+            (plain,) = FINDERS[method].find(source, FINDERS[method].options(**options), [ratio])
+            dense = source.architecture.hidden_widths()
+            expected = {name: nearest(count, dense[name], multiple) for name, count in plain.mask.hidden_widths.items()}
+            rounding = Pruning.of(ratio, method, **options, round_to=multiple)
+            if expected == dense != plain.mask.hidden_widths:
+                with pytest.raises(LoftError, match="leaves every layer whole"):
+                    list(rounding.finder.find(source, rounding.options, [ratio]))
+                continue
+            (found,) = rounding.finder.find(source, rounding.options, [ratio])
+            assert found.mask.hidden_widths == expected
+            assert f"-by{multiple}" in ticket_name(rounding, "all", "emerged")
+            for name, kept in found.mask.selection.items():
+                own, unrounded = set(kept.tolist()), set(plain.mask.selection[name].tolist())
+                assert len(own) % multiple == 0 or len(own) == dense[name]
+                assert own <= unrounded or own >= unrounded  # the best by the same ranking, more or fewer of them
+                assert own <= wider[name]
+                wider[name] = own
+
+
+def test_a_multiple_beyond_a_layer_names_it_and_what_works(tmp_path):
+    source = drawn_source(tmp_path / "run", Random(0), 8)
+    narrowest = min(source.architecture.widths)
+    for method, options in ROUNDING:
+        with pytest.raises(LoftError, match=rf"filters of layer\d\.\d: give --round-to {narrowest} or less") as told:
+            list(FINDERS[method].find(source, FINDERS[method].options(**options, round_to=narrowest + 1), [0.5]))
+        assert told.value.usage
+        list(FINDERS[method].find(source, FINDERS[method].options(**options, round_to=narrowest), [0.5]))
+    for method, options in (
+        ("magnitude", {"unit": "weights"}),
+        ("random", {"unit": "weights"}),
+        ("layers", {}),
+        ("imp", {}),
+        ("gem-miner", {}),
+    ):
+        with pytest.raises(LoftError, match="--round-to") as told:
+            Pruning.of(0.5, method, **options, round_to=8)
+        assert told.value.usage
+    assert Pruning.of(0.5, unit="weights", round_to=1).options.unit == "weights"
+
+
+@pytest.mark.parametrize("widths", [(16, 32, 64), (8, 12, 16), (24, 24, 40)])
+def test_the_random_control_of_rounded_tickets_keeps_their_number(widths):
+    dense = Architecture("drawn", (1, 1, 1), widths, False, 1, "cifar", 1, 10)
+    state = build(dense, seed=0).state_dict()
+    for ratio, multiple in itertools.product((0.3, 0.5, 0.8), (1, 4, 8)):
+        mask = FilterMask(dense, largest_filters(state, filter_groups(dense), ratio, Pruning.of(ratio, round_to=multiple).options))
+        control = random_like(mask, 1, multiple)
+        assert sum(control.hidden_widths.values()) == sum(mask.hidden_widths.values())
+        if all(width % multiple == 0 for width in widths):
+            assert all(width % multiple == 0 for width in control.hidden_widths.values())
 
 
 # -- verdicts -------------------------------------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ def command(context: click.Context, ticket: str, data_dir: str | None, format: s
     ]  # fmt: skip
     header = ["variant", "what it is", "accuracy, %", "the ticket is ahead by, points"]
     notes = f"{settings.seeds} seeds; 95 % intervals (Student), differences seed by seed"
+    if checked.note:
+        notes += f"\nnote: {checked.note}"
     job.show(
         format, {"ticket": ticket, **to_fields(checked)}, f"{table(header, rows)}\n{notes}\nverdict: {checked.verdict} ({checked.why})"
     )

@@ -60,6 +60,7 @@ def command(
             f"FGSM and PGD: epsilon {settings.epsilon:.4g} of the pixel range; corrupted: mean over corruptions and severities "
             + ", ".join(map(str, settings.severities))
         )
+    notes += [f"note: {one.measured.note}" for one in contenders if one.measured.note]
     report = Report(header, [_row(one) for one in contenders], records, notes)
     job.show(format, {"tickets": records}, report.printed(format))
 

@@ -84,6 +84,7 @@ def command(
         "of dense",
     ]
     notes = [f"FLOPs per image, a multiply-add counting 2; latency: median of {settings.repetitions} passes"]
+    notes += [f"note: {result.note}" for result in results if result.note]
     tables = [table(header, rows), *notes]
     if settings.energy:
         tables += ["", _energy_table(results, settings)]
@@ -150,6 +151,7 @@ def _fields(result: Measured, settings: MeasureSettings) -> dict:
         "kind": result.subject.kind,
         "dataset": result.subject.data.dataset,
         "synthetic_data": result.subject.data.synthetic,
+        "note": result.note,
         "accuracy": result.score.accuracy,
         "test_loss": result.score.loss,
         "test_images": result.score.images,

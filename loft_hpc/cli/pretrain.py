@@ -1,5 +1,6 @@
 """`loft pretrain`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ pipeline_options = several(
 @option(PretrainSettings, "strategy", "How the ranks train together.", type=click.Choice(STRATEGIES))
 @option(PretrainSettings, "model", "Residual network.", type=click.Choice(MODEL_NAMES), metavar="MODEL")
 @option(PretrainSettings, "widen", "Hidden filters as a multiple of the stage's width.  [default: 2 for wideresnet, else 1]", type=float)
+@option(
+    PretrainSettings,
+    "weights",
+    "Start from the parameters in this safetensors file: a run's network or snapshot, or torchvision's resnet18 or resnet34 (images over 64 pixels).",
+    type=click.Path(),
+)
+@option(PretrainSettings, "new_classifier", "Draw the classifier from the seed, whatever --weights has.", is_flag=True)
 @data_options
 @option(PretrainSettings, "epochs", "Walks through the training images, per worker.", type=int)
 @option(PretrainSettings, "rounds", "Rounds of --local-iterations steps, in place of --epochs.", type=int)
@@ -101,6 +109,8 @@ def command(context: click.Context, run_path: str | None, resume: bool, extend_t
     Example: mpirun -np 4 loft pretrain --model resnet34
     """
     job: Job = context.obj
+    if options["weights"] is not None:
+        options["weights"] = os.path.abspath(options["weights"])  # a run goes on from any folder
     given = fill(
         PretrainSettings,
         options,

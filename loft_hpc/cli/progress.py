@@ -18,6 +18,8 @@ class Progress:
         self._speaks = speaks
         self._bar: Any = None
         self._done = 0
+        self.notes: list[str] = []
+        """What `noted` was told, for JSON."""
 
     def started(self, path: str, total_steps: int, done_steps: int) -> None:
         self._done = done_steps
@@ -55,6 +57,11 @@ class Progress:
 
     def fell_back(self, problem: str) -> None:
         click.echo(printable(f"loft: note: the newest checkpoint is broken, an earlier one is used: {problem}"), err=True)
+
+    def noted(self, text: str) -> None:
+        self.notes.append(text)
+        if self._speaks:
+            tell(f"note: {text}")
 
     def stopped(self, epoch: float, epochs: int) -> None:
         if self._bar:

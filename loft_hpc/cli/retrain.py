@@ -24,8 +24,8 @@ from loft_hpc.cli.options import (
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.settings import for_run
-from loft_hpc.data.registry import DataSettings
-from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, retrain, ticket_data
+from loft_hpc.data.registry import DATASET_NAMES, DataSettings
+from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, other_data, retrain, ticket_data
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
@@ -41,6 +41,14 @@ from loft_hpc.training.watching import Oversight
     type=str,
 )
 @moved_data_option
+@click.option(
+    "--dataset",
+    type=click.Choice(DATASET_NAMES),
+    help="Data set to retrain on, where it is not the ticket's own: the classifier is drawn anew where the classes differ.",
+)
+@option(DataSettings, "image_size", "Pixels per side of --dataset.", type=click.IntRange(8))
+@option(DataSettings, "download", "Fetch --dataset into --data-dir first (rank 0 alone does).", is_flag=True)
+@option(RetrainSettings, "new_classifier", "Draw the classifier anew in any case, from --seed.", is_flag=True)
 @option(RetrainSettings, "epochs", "Walks through the training images.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
 @batch_parts_option
@@ -56,20 +64,19 @@ from loft_hpc.training.watching import Oversight
 @format_option
 @click.pass_context
 def command(
-    context: click.Context,
-    ticket: str,
-    data_dir: str | None,
-    run_path: str | None,
-    resume: bool,
-    extend_to: int | None,
-    format: str,
-    **options: Any,
-) -> None:
-    """Train TICKET, the physically smaller network, data-parallel over all ranks, on the data that it was found on.
+    context: click.Context, ticket: str, data_dir: str | None, dataset: str | None, run_path: str | None, resume: bool,
+    extend_to: int | None, format: str, **options: Any,
+) -> None:  # fmt: skip
+    """Train TICKET, the physically smaller network, data-parallel over all ranks, on the data that it was found on, or on --dataset.
 
-    Example: mpirun -np 4 loft retrain runs/RUN/tickets/magnitude-l2-0.8
+    Examples: mpirun -np 4 loft retrain runs/RUN/tickets/magnitude-l2-0.8
+
+    loft retrain runs/RUN/tickets/magnitude-l2-0.8 --dataset imagefolder --data-dir flowers
     """
     job: Job = context.obj
+    if dataset is None and (strange := sorted(typed(context) & {"image_size", "download"})):
+        raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --dataset")
+    options["transfer"] = dataset is not None
     # The options first: their mistakes are told without reading a file.
     parts = {
         "optimisation": fill(Optimisation, options),
@@ -82,7 +89,10 @@ def command(
     supervision = fill(Supervision, options)
     job.join()
     source = Ticket.read(Path(ticket))
-    data = ticket_data(source).at(data_dir)
+    if dataset is None:
+        data = ticket_data(source).at(data_dir)
+    else:
+        data = other_data(source, dataset, data_dir=data_dir, image_size=options["image_size"], download=options["download"])
     given = fill(RetrainSettings, options, data=data, **parts)
     path = Path(run_path) if run_path else None
     settings = for_run(given, "retrain", typed(context), path, resume, extend_to)
@@ -90,7 +100,8 @@ def command(
     speaks = world.rank == 0 and format == "table"
     if speaks:
         tell(f"retraining {ticket} on {data.label} over {world.size} rank{'s' * (world.size > 1)}")
-    path, outcome = retrain(source, settings, path, resume, world, Oversight(Progress(speaks), job.interruption, supervision))
+    progress = Progress(speaks)
+    path, outcome = retrain(source, settings, path, resume, world, Oversight(progress, job.interruption, supervision))
     score = outcome.score
     fields = {
         "run": str(path),
@@ -99,5 +110,6 @@ def command(
         "test_loss": score.loss,
         "test_images": score.images,
         "wall_seconds": outcome.wall_seconds,
+        "notes": progress.notes,
     }
     job.show(format, fields, f"test accuracy of the ticket: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})\nrun: {path}")

@@ -13,10 +13,12 @@ from loft_hpc import seeds
 from loft_hpc.analysis.statistics import mean_interval
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
+from loft_hpc.data.registry import open_data
 from loft_hpc.errors import Interrupted, LoftError
 from loft_hpc.files import read_tensors, refuse_links_outside
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import deciding, from_json, option_of
+from loft_hpc.jobs.trained_on import TrainedOn, meet
 from loft_hpc.models.groups import filter_groups, parameters_of
 from loft_hpc.models.resnet import build
 from loft_hpc.runs.run import Run
@@ -73,6 +75,8 @@ class Checked:
     variants: Sequence[Variant]
     verdict: str
     why: str
+    note: str | None = None
+    """About the images that everything was retrained on."""
 
 
 class CheckWatcher(Protocol):
@@ -95,7 +99,8 @@ def check(
     retraining = recipe(ticket)
     variants = variants_of(ticket, retraining.rewind)
     work = [(name, seed) for name in variants for seed in range(settings.seeds)]
-    place(retraining.computation.device, retraining.computation.precision, world)
+    device, _ = place(retraining.computation.device, retraining.computation.precision, world)
+    note = meet(TrainedOn.of(path, ticket.dense), open_data(retraining.data, device, world).info)
     folders = {(name, seed): path / "checks" / settings.name / f"{name}-seed{seed}" for name, seed in work}
     world.on_root(lambda: [_refuse_other_recipe(folders[name, seed], replace(retraining, rewind="none", seed=seed)) for name, seed in work])
     mine, failures, told, alone = [], [], False, world.alone()
@@ -122,7 +127,8 @@ def check(
         if problems:
             raise LoftError(f"{problems[0]} (what is trained is kept in {path / 'checks' / settings.name})")
     results = {(name, seed): accuracy for part in parts for name, seed, accuracy in part[0]}
-    return judge_ticket({name: [results[name, seed] for seed in range(settings.seeds)] for name in variants}, settings.xi)
+    checked = judge_ticket({name: [results[name, seed] for seed in range(settings.seeds)] for name in variants}, settings.xi)
+    return replace(checked, note=note)
 
 
 def _refuse_other_recipe(folder: Path, settings: RetrainSettings) -> None:
@@ -160,12 +166,15 @@ def variants_of(ticket: Ticket, rewind: str) -> dict[str, Callable[[int], Ticket
     if ticket.scores is not None:
         made["inverted"] = lambda seed: other("inverted", ticket.mask.inverted(ticket.scores), weights)
     if ticket.mask.kind != "layer":  # random blocks are shuffled blocks
-        made["random"] = lambda seed: other("random", random_like(ticket.mask, seed), weights)
+        made["random"] = lambda seed: other("random", random_like(ticket.mask, seed, ticket.provenance.get("round_to")), weights)
     return made
 
 
-def random_like(mask: Mask, seed: int) -> Mask:
-    """As many units altogether. Of filters: the same density in every block. Of weights: smart ratios, as in the Gem-Miner paper."""
+def random_like(mask: Mask, seed: int, round_to: Any = 1) -> Mask:
+    """As many units altogether. Of filters: the same density in every block. Of weights: smart ratios, as in the Gem-Miner paper.
+
+    Where the filters of a ticket were rounded to a multiple, every block has a multiple here too, if that many can be dealt in multiples.
+    """
     draw = np.random.default_rng(seeds.derive(seed, "ticket", 3))
     if isinstance(mask, WeightMask):
         sizes = {name: kept.numel() for name, kept in mask.kept.items()}
@@ -175,8 +184,12 @@ def random_like(mask: Mask, seed: int) -> Mask:
         drawn = {name: np.sort(draw.permutation(sizes[name])[: counts[name]]) for name in sizes}
         return WeightMask(mask.dense, {name: as_mask(drawn[name], own.shape) for name, own in mask.kept.items()})
     groups = filter_groups(mask.dense)
-    counts = even_counts({group.name: group.width for group in groups}, sum(mask.hidden_widths.values()))
-    chosen = {group.name: np.sort(draw.permutation(group.width)[: counts[group.name]]) for group in groups}
+    multiple = round_to if type(round_to) is int and round_to > 1 else 1
+    widths, keep = {group.name: group.width for group in groups}, sum(mask.hidden_widths.values())
+    if keep % multiple or min(widths.values()) < multiple or keep > sum(width // multiple * multiple for width in widths.values()):
+        multiple = 1  # blocks that are kept whole, and of no such width
+    counts = even_counts({name: width // multiple for name, width in widths.items()}, keep // multiple)
+    chosen = {group.name: np.sort(draw.permutation(group.width)[: multiple * counts[group.name]]) for group in groups}
     return FilterMask(mask.dense, {name: torch.from_numpy(kept) for name, kept in chosen.items()})
 
 
@@ -233,6 +246,7 @@ def to_fields(checked: Checked) -> dict[str, Any]:
     return {
         "verdict": checked.verdict,
         "why": checked.why,
+        "note": checked.note,
         "variants": [
             {
                 "variant": variant.name,

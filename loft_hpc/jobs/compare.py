@@ -153,7 +153,10 @@ def _entry(path: Path) -> _Entry:
     label, control = label_of(ticket), ticket.get("control")
     if control is not None:
         label = f"{label}: {str(control)[:32]}"  # of loft check
-    accuracy = _dense_accuracy(ticket)
+    found_on = ticket["data"].get("dataset") if isinstance(ticket.get("data"), dict) else None
+    if run.configuration.get("transfer") and found_on != run.required("data", dict).get("name"):
+        label = f"{label}, found on {str(found_on)[:32]}"
+    accuracy = _dense_accuracy(run, ticket)
     return _Entry(label, str(ticket.get("kind", "filter")), float(ratio), run, accuracy, cost, cost_of(run), _recipe(run, ticket))
 
 
@@ -172,10 +175,12 @@ def label_of(ticket: dict[str, Any]) -> str:
     return f"{method} ({', '.join(chosen)})" if chosen else method
 
 
-def _dense_accuracy(ticket: dict[str, Any]) -> float:
-    """Of the run that the ticket lies in, where it is still there."""
+def _dense_accuracy(run: Run, ticket: dict[str, Any]) -> float:
+    """Of the run that the ticket lies in, where it is still there and was trained on the images that `run` retrained the ticket on."""
     try:
-        return Run.open(Path(str(ticket.get("path"))).resolve().parent.parent).accuracy
+        dense = Run.open(Path(str(ticket.get("path"))).resolve().parent.parent)
+        same = (dense.description.get("data") or {}).get("fingerprint") == run.required("data", dict).get("fingerprint")
+        return dense.accuracy if same else float("nan")
     except (LoftError, OSError, ValueError, RuntimeError):
         return float("nan")
 
@@ -236,6 +241,7 @@ def to_fields(contender: Contender, intensity: float = WORLD_GRAMS_PER_KWH) -> d
         "grams_co2_per_million_images": None if measured.energy is None else grams_per_million(measured.energy[0], intensity),
         "energy_measured": None if measured.energy is None else measured.energy[0].energy.measured,
         **({} if robustness is None else {f"accuracy_{name}": value for name, value in robustness.attacks.items()}),
+        "note": measured.note,
         "accuracy_corrupted": None if robustness is None or not robustness.corruptions else robustness.corrupted,
         **({} if robustness is None else {f"accuracy_on_{name.replace(' ', '_')}": value for name, value in robustness.shifted.items()}),
     }  # fmt: skip

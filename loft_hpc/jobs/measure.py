@@ -31,6 +31,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.retrain import RetrainSettings, ticket_data, ticket_evaluation
 from loft_hpc.jobs.settings import from_json
+from loft_hpc.jobs.trained_on import TrainedOn, meet
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.resnet import build
 from loft_hpc.runs.run import Run
@@ -89,6 +90,8 @@ class Measured:
     energy: tuple[InferenceEnergy, InferenceEnergy] | None = None
     """Of the network and of the dense one."""
     robustness: Robustness | None = None
+    note: str | None = None
+    """About the images that it was measured on."""
 
 
 def open_subject(path: Path) -> Subject:
@@ -177,6 +180,7 @@ def _refuse_missing(subjects: Sequence[Subject], settings: MeasureSettings) -> N
 
 def _measure(subject: Subject, settings: MeasureSettings, data_dir: str | None, device: torch.device, world: World) -> Measured:
     data = open_data(subject.data.at(data_dir), device, world)
+    note = meet(TrainedOn.of(subject.path, subject.dense), data.info)
     network = network_for(subject.architecture, subject.hidden_widths, subject.state, device, str(subject.path))
     scored = judge(network, data, subject.evaluation, world)
     size = data.info.image_size
@@ -191,7 +195,7 @@ def _measure(subject: Subject, settings: MeasureSettings, data_dir: str | None, 
         subject, scored, ticket_size(subject.architecture, subject.hidden_widths, subject.kept, size), network_size(subject.dense, None, size),
         mine, dense, footprint(subject.architecture, subject.hidden_widths, size, settings.latency_batch),
         footprint(subject.dense, None, size, settings.latency_batch), energies,
-        _robustness(network, data, subject, settings, world) if settings.asks_for_robustness else None,
+        _robustness(network, data, subject, settings, world) if settings.asks_for_robustness else None, note,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from loft_hpc import seeds
 from loft_hpc.analysis.traffic import division
@@ -13,6 +14,7 @@ from loft_hpc.filterwise.emergence import Stopping
 from loft_hpc.filterwise.loft import Loft, LoftSettings
 from loft_hpc.jobs.settings import from_json
 from loft_hpc.jobs.training_run import destination, prepare, train_into
+from loft_hpc.jobs.weights import starting_parameters
 from loft_hpc.models.architecture import MODEL_NAMES, architecture
 from loft_hpc.models.resnet import build
 from loft_hpc.pipeline.gpipe import GPipe, PipelineSettings
@@ -33,6 +35,10 @@ class PretrainSettings:
     model: str = "resnet34"
     widen: float | None = None
     """Hidden filters as a multiple of the stage's width; None for the model's own (2 for wideresnet, else 1)."""
+    weights: str | None = None
+    """Safetensors file of the parameters to start from; None to draw them from the seed."""
+    new_classifier: bool = False
+    """Whether the classifier is drawn from the seed all the same."""
     strategy: str = "loft"
     epochs: int = 10
     """Walks through the training images, per worker."""
@@ -66,6 +72,10 @@ class PretrainSettings:
             raise LoftError("--stop-when-stable compares snapshots: give --snapshot-every an interval, for instance 1ep", usage=True)
         if self.rounds is not None and self.strategy != "loft":
             raise LoftError(f"--rounds counts LoFT's rounds: use --epochs with --strategy {self.strategy}", usage=True)
+        if self.new_classifier and self.weights is None:
+            raise LoftError("--new-classifier replaces the classifier of --weights: give both, or omit it", usage=True)
+        if self.weights is not None and "\0" in self.weights:
+            raise LoftError("--weights names no file: it holds a null byte", usage=True)
         if self.strategy == "gpipe":
             self.pipeline.check_batch(self.batch_size)
 
@@ -86,6 +96,9 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     total_steps = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * order.steps_per_epoch
     # Parameters alone: nothing keeps statistics, and every evaluation makes its own.
     initial = {name: tensor.detach() for name, tensor in build(network, seed=seeds.derive(settings.seed, "init")).named_parameters()}
+    started_from: dict[str, Any] = {}
+    if settings.weights is not None:
+        initial, started_from = starting_parameters(Path(settings.weights), initial, settings.new_classifier, where.earlier, world)
     parameters = sum(tensor.numel() for tensor in initial.values())
     common = (settings.optimisation, workplace.data, order, total_steps)
     snapshot_steps = settings.snapshots.every.steps(order.steps_per_epoch)
@@ -101,7 +114,7 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
         strategy = DataParallel(network, None, initial, *common, precision, device, world)
         details = {"parameters": parameters}
     outcome = train_into(
-        where, "pretrain", strategy, settings, network, None, details, order, workplace, world, oversight, settings.stopping
+        where, "pretrain", strategy, settings, network, None, details | started_from, order, workplace, world, oversight, settings.stopping
     )
     return where.path, outcome
 

@@ -79,10 +79,11 @@ def prune(path: Path, prunings: Sequence[Pruning], blocks: str, at: str | None, 
 
 
 def ticket_name(pruning: Pruning, blocks: str, at: str) -> str:
-    """METHOD-DETAILS-RATIO, for instance magnitude-l2-0.8, magnitude-l1-global-0.5, random-seed3-0.8 or magnitude-l2-0.8-epoch-3."""
+    """METHOD-DETAILS-RATIO, for instance magnitude-l2-0.8, magnitude-l1-global-0.5, random-seed3-0.8-by8 or magnitude-l2-0.8-epoch-3."""
     finder, options = pruning.finder, pruning.options
     details = [pruning.method, *finder.label(options)]
     if blocks != "all":
         details.append(blocks)
     named = [] if at == finder.default_at(options) else [FINAL if at == FINAL else at.replace(":", "-")]
-    return "-".join([*details, f"{pruning.ratio:g}", *named])
+    multiple = getattr(options, "round_to", 1)
+    return "-".join([*details, f"{pruning.ratio:g}", *([] if multiple == 1 else [f"by{multiple}"]), *named])

@@ -2,18 +2,24 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from loft_hpc import seeds
 from loft_hpc.comm.world import World
+from loft_hpc.data.dataset import DataInfo
 from loft_hpc.data.order import Order
 from loft_hpc.data.registry import DataSettings
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.settings import from_json
+from loft_hpc.jobs.trained_on import TrainedOn, meet
 from loft_hpc.jobs.training_run import destination, prepare, train_into
+from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import parameters_of
+from loft_hpc.models.resnet import CLASSIFIER, new_classifier
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.dataparallel import DataParallel
@@ -37,6 +43,10 @@ class RetrainSettings:
     batch_parts: int | None = None
     """Parts that every batch is computed in, whatever the number of ranks; None for one for each rank."""
     seed: int = 0
+    transfer: bool = False
+    """Whether `data` may be other ones than the ticket was found on: the classifier is drawn anew where the classes differ."""
+    new_classifier: bool = False
+    """Whether it is drawn anew in any case."""
     data: DataSettings = field(default_factory=DataSettings)
     optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=LEARNING_RATE))
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -84,6 +94,43 @@ def ticket_evaluation(ticket: Ticket) -> Evaluation:
     return from_json(Evaluation, ticket.provenance.get("evaluation", {}))
 
 
+def other_data(ticket: Ticket, dataset: str, **given: Any) -> DataSettings:
+    """A data set to transfer the ticket to: `given` fields where they are not None, else the ticket's if it is one of that name."""
+    own = ticket_data(ticket)
+    base = own if own.dataset == dataset else DataSettings(loader_workers=own.loader_workers)
+    return replace(base, dataset=dataset, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a retraining starts from."""
+
+    network: Architecture
+    dense: Architecture
+    parameters: dict[str, Tensor]
+    mask: dict[str, Tensor] | None
+    new_classifier: str | None
+    """Why the classifier is not the ticket's; None where it is."""
+    note: str | None
+
+
+def _start(ticket: Ticket, settings: RetrainSettings, info: DataInfo) -> _Start:
+    """The ticket, with a new classifier where the data ask for one and the settings allow it. The stem stays the ticket's."""
+    own, parameters, mask = TrainedOn.of(ticket.path, ticket.dense), starting_weights(ticket, settings.rewind), ticket.mask.weights
+    own.refuse_other_channels(info)
+    why = own.other_classes(info) if settings.transfer or settings.new_classifier else None
+    if settings.new_classifier:
+        why = why or "as asked for by --new-classifier"
+    if why is None:
+        note = f"the classifier is the ticket's: {info.name} has the same classes" if settings.transfer else meet(own, info)
+        return _Start(ticket.architecture, ticket.dense, parameters, mask, None, note)
+    network, dense = (replace(one, num_classes=info.num_classes) for one in (ticket.architecture, ticket.dense))
+    parameters = parameters | new_classifier(network, seeds.derive(settings.seed, "init", 2))
+    if mask is not None:
+        mask = {name: kept for name, kept in mask.items() if not name.startswith(CLASSIFIER)}
+    return _Start(network, dense, parameters, mask, why, f"the classifier is drawn anew: {why}")
+
+
 def retrain(
     ticket: Ticket, settings: RetrainSettings, path: Path | None, resume: bool, world: World, oversight: Oversight
 ) -> tuple[Path, Outcome]:
@@ -94,24 +141,25 @@ def retrain(
     if where.finished:
         return where.path, where.finished
     workplace = prepare(settings, world)
-    info, network = workplace.data.info, ticket.architecture
-    if (info.num_classes, info.channels) != (network.num_classes, network.in_channels):
-        raise LoftError(
-            f"{info.name} has {info.num_classes} classes and {info.channels} channels, the ticket's network {network.num_classes} "
-            f"and {network.in_channels}: retrain it on the data it was found on"
-        )
+    info = workplace.data.info
+    start = _start(ticket, settings, info)
+    if start.note:
+        oversight.watcher.noted(start.note)
     order = Order("split", info.train_images, settings.batch_size, settings.seed, world.rank, world.size)
     strategy = DataParallel(
-        network, ticket.hidden_widths, starting_weights(ticket, settings.rewind), settings.optimisation, workplace.data, order,
+        start.network, ticket.hidden_widths, start.parameters, settings.optimisation, workplace.data, order,
         settings.epochs * order.steps_per_epoch, settings.computation.precision, workplace.device, world,
-        ticket.mask.weights, settings.batch_parts,
+        start.mask, settings.batch_parts,
     )  # fmt: skip
     details = {
         "hidden_widths": ticket.hidden_widths,
-        "dense_architecture": ticket.dense.to_json(),
+        "dense_architecture": start.dense.to_json(),
+        **({} if start.new_classifier is None else {"new_classifier": start.new_classifier}),
         "ticket": {"path": os.path.abspath(ticket.path), "sha256": ticket.fingerprint, "kind": ticket.mask.kind, **ticket.provenance},
     }
-    outcome = train_into(where, "retrain", strategy, settings, network, ticket.hidden_widths, details, order, workplace, world, oversight)
+    outcome = train_into(
+        where, "retrain", strategy, settings, start.network, ticket.hidden_widths, details, order, workplace, world, oversight
+    )
     return where.path, outcome
 
 

@@ -19,6 +19,7 @@ from loft_hpc.jobs.cost import cost_of
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.retrain import snapshot_name
 from loft_hpc.jobs.settings import CHANGEABLE, leaves, to_json
+from loft_hpc.jobs.trained_on import TrainedOn, meet
 from loft_hpc.jobs.training_run import destination, prepare, train_into
 from loft_hpc.models.groups import FilterGroup, filter_groups
 from loft_hpc.models.resnet import ResidualNetwork
@@ -91,8 +92,7 @@ class RunSource:
     @cached_property
     def data(self) -> DataSet:
         data = open_data(self.settings.data.at(self._around.data_dir), self.device, self.world)
-        if data.info.fingerprint != self.run.required("data", dict).get("fingerprint"):
-            raise LoftError(f"the images of {data.info.name} are not those that {self.run.path} was trained on: give its --data-dir")
+        meet(TrainedOn.of(self.run.path, self.architecture), data.info, continued=True)
         return data
 
     @property

@@ -8,14 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
+from loft_hpc.data.registry import open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.files import read_json
 from loft_hpc.jobs.prune import draw_tickets, ticket_name
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import CHANGEABLE, leaves, option_of, to_json
 from loft_hpc.jobs.source import Surroundings
+from loft_hpc.jobs.trained_on import TrainedOn, meet
 from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
 from loft_hpc.tickets.pruning import Pruning
@@ -76,6 +80,8 @@ def sweep(
     labels = _labels(list(opened.values()))
     recipes = {run.path: recipe(run) for run in opened.values()}
     for run in opened.values():
+        data = open_data(recipes[run.path].data, torch.device("cpu"), world)
+        meet(TrainedOn.of(run.path, run.architecture), data.info, continued=True)
         _agree_on_recipe(run, settings.name, recipes[run.path], world)
     points, taken = [], []
     for number, (run, at, pruning) in enumerate(work, start=1):

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from loft_hpc.models.architecture import Architecture, BlockShape
 
+CLASSIFIER = "fc."
+"""Prefix of the classifier's parameters."""
+
 
 class BasicBlock(nn.Module):
     """conv1 -> bn1 -> relu -> conv2 -> bn2, added to the shortcut, then relu (He et al., 1512.03385, figure 2).
@@ -100,6 +103,14 @@ class ResidualNetwork(nn.Module):
         for name in self.stage_names:
             x = self.get_submodule(name)(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def new_classifier(architecture: Architecture, seed: int) -> dict[str, Tensor]:
+    """Parameters of a classifier for this network, drawn as torch draws a linear layer's, without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = nn.Linear(architecture.widths[-1], architecture.num_classes)
+    return {f"{CLASSIFIER}{name}": parameter.detach() for name, parameter in layer.named_parameters()}
 
 
 def build(architecture: Architecture, hidden_widths: Mapping[str, int] | None = None, seed: int | None = None) -> ResidualNetwork:

@@ -46,6 +46,10 @@ class Checkpoints:
         for old in self._complete()[:-keep]:
             shutil.rmtree(old, ignore_errors=True)  # a network file system may keep a file that somebody still reads
 
+    def any(self) -> bool:
+        """Whether there is one, broken or not. Nothing is removed, unlike by `newest_step`."""
+        return bool(self._complete())
+
     def newest_step(self, fell_back: Callable[[str], None]) -> int | None:
         """Step of the newest checkpoint that is whole; None for a run that was ended before its first.
 

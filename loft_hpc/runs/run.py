@@ -26,7 +26,7 @@ from loft_hpc.runs.snapshots import Snapshots
 Value = TypeVar("Value")
 _PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
 _KINDS = {"kind": str, "status": str, "data": dict, "ticket": dict, "hidden_widths": dict, "dense_architecture": dict, "results": dict,
-          "search": dict, "resumed": list, "legs": list, "supervision": dict}  # fmt: skip
+          "search": dict, "weights": dict, "resumed": list, "legs": list, "supervision": dict}  # fmt: skip
 """What else run.json says, where it says it."""
 _COUNTS = ("total_steps", "steps_per_epoch", "world_size")
 

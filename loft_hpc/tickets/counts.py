@@ -59,6 +59,28 @@ def largest(scores: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
+def rounded(counts: Mapping[str, int], widths: Mapping[str, int], multiple: int) -> dict[str, int]:
+    """Counts as multiples of `multiple`: the nearest, of two equally near the larger, at least one multiple and at most the layer.
+
+    A layer whose width is no multiple is kept whole where the nearest one exceeds it. Larger counts never become smaller ones, so what is
+    nested stays nested. Raises LoftError where a layer has fewer filters than one multiple, and where nothing would be removed any more.
+    """
+    if multiple == 1:
+        return dict(counts)
+    narrowest = min(counts, key=lambda name: widths[name])
+    if widths[narrowest] < multiple:
+        raise LoftError(
+            f"--round-to {multiple} is more than the {widths[narrowest]} filters of {narrowest}: give --round-to {widths[narrowest]} or less",
+            usage=True,
+        )
+    made = {name: min(widths[name], multiple * max(1, (2 * count + multiple) // (2 * multiple))) for name, count in counts.items()}
+    if all(made[name] == widths[name] for name in made) and any(counts[name] < widths[name] for name in made):
+        raise LoftError(
+            f"--round-to {multiple} leaves every layer whole at this --ratio: remove more, or give a smaller multiple", usage=True
+        )
+    return made
+
+
 def largest_of_all(layers: Layers, ratio: float, floor: float, at_least: int, what: str) -> dict[str, np.ndarray]:
     """Sorted indices of what stays of every layer when one ranking is made over all of them.
 

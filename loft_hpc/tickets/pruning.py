@@ -8,6 +8,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from loft_hpc.errors import LoftError
+from loft_hpc.models.architecture import MAX_CHANNELS
 from loft_hpc.tickets.masks import Mask, Scores
 from loft_hpc.tickets.source import FINAL, Source
 from loft_hpc.tickets.ticket import Cost
@@ -73,13 +74,18 @@ def register(name: str, help: str, options: type, **details: Any) -> Callable[[C
 
 
 def check_choices(options: Any) -> None:
-    """For an options' `__post_init__`. Raises LoftError where a field is none of its choices, or no sensible seed."""
+    """For an options' `__post_init__`. Raises LoftError where a field is none of its choices, or no sensible seed or multiple."""
     for known in fields(options):
         value, choices = getattr(options, known.name), known.metadata.get("choices")
         if choices and value not in choices:
             raise LoftError(f"unknown {known.name.replace('_', ' ')} '{value}': choose one of {', '.join(choices)}", usage=True)
     if getattr(options, "seed", 0) < 0:
         raise LoftError(f"--seed {options.seed} must be 0 or more", usage=True)
+    multiple = getattr(options, "round_to", 1)
+    if not 1 <= multiple <= MAX_CHANNELS:
+        raise LoftError(f"--round-to {multiple} must lie between 1 and {MAX_CHANNELS}", usage=True)
+    if multiple > 1 and getattr(options, "unit", "filters") != "filters":
+        raise LoftError("--round-to counts filters: omit it with --unit weights", usage=True)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ class Watcher(Protocol):
 
     def fell_back(self, problem: str) -> None: ...
 
+    def noted(self, text: str) -> None:
+        """Something about the training that its user must know."""
+        ...
+
 
 @dataclass(frozen=True)
 class Oversight:

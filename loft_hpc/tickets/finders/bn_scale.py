@@ -21,6 +21,7 @@ EMERGED = "emerged"
 class ScaleOptions:
     scope: str = option("global", "", SCOPES)
     floor: float = option(FLOOR, "")
+    round_to: int = option(1, "")
 
     def __post_init__(self):
         check_choices(self)
@@ -38,7 +39,7 @@ def _tickets(source: Source, options: Any, ratios: Sequence[float], at: str) -> 
     if all(bool((values == values[0]).all()) for values in scores.values()):
         raise LoftError(f"all BatchNorm scales are alike at {at}, so nothing can be ranked by them: draw from a trained network with --at")
     for ratio in ratios:
-        mask = FilterMask(source.architecture, chosen_filters(scores, source.groups, ratio, options.scope, options.floor))
+        mask = FilterMask(source.architecture, chosen_filters(scores, source.groups, ratio, options))
         yield Found(ratio, mask, state, source.file(at), source.cost(at), with_all_groups(scores, mask), {"at": at})
 
 

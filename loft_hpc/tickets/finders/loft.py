@@ -5,13 +5,16 @@ from dataclasses import dataclass
 
 from loft_hpc.errors import LoftError
 from loft_hpc.tickets.finders.magnitude import MagnitudeOptions, magnitude
-from loft_hpc.tickets.pruning import Found, register
+from loft_hpc.tickets.pruning import Found, check_choices, option, register
 from loft_hpc.tickets.source import Source
 
 
 @dataclass(frozen=True)
 class LoftOptions:
-    pass
+    round_to: int = option(1, "")
+
+    def __post_init__(self):
+        check_choices(self)
 
 
 @register("loft", "LoFT's: the largest filters of each block of a network trained filter-wise", LoftOptions)
@@ -20,4 +23,4 @@ def loft(source: Source, options: LoftOptions, ratios: Sequence[float]) -> Itera
     strategy = source.run.configuration.get("strategy")
     if strategy != "loft":
         raise LoftError(f"{source.run.path} was trained {strategy}, not filter-wise: use --method magnitude, or give a LoFT run")
-    yield from magnitude(source, MagnitudeOptions(), ratios)
+    yield from magnitude(source, MagnitudeOptions(round_to=options.round_to), ratios)

@@ -11,7 +11,7 @@ from torch import Tensor
 from loft_hpc.errors import LoftError
 from loft_hpc.models.groups import FilterGroup, Selection, State
 from loft_hpc.models.scores import NORMS, filter_norms
-from loft_hpc.tickets.counts import kept_of_each, largest, largest_of_all
+from loft_hpc.tickets.counts import kept_of_each, largest, largest_of_all, rounded
 from loft_hpc.tickets.masks import FilterMask, WeightMask, weight_shapes
 from loft_hpc.tickets.pruning import Found, check_choices, option, register
 from loft_hpc.tickets.source import Source
@@ -30,6 +30,11 @@ class MagnitudeOptions:
         None, f"Share that --scope global leaves every block at least; {FILTER_FLOOR} for filters and 0 for weights if not given."
     )
 
+    round_to: int = option(
+        1,
+        "Round the filters that every layer keeps to the nearest multiple, at least one: widths that hardware computes well, for instance 8.",
+    )
+
     def __post_init__(self):
         check_choices(self)
         if self.floor is None:
@@ -45,7 +50,7 @@ def largest_filters(state: State, groups: Sequence[FilterGroup], ratio: float, o
     number), so that groups with larger filters have no head start; groups at their floor keep what they have left.
     """
     options = options or MagnitudeOptions()
-    return chosen_filters(filter_scores_of(state, groups, options), groups, ratio, options.scope, options.floor)
+    return chosen_filters(filter_scores_of(state, groups, options), groups, ratio, options)
 
 
 def filter_scores_of(state: State, groups: Sequence[FilterGroup], options: MagnitudeOptions) -> dict[str, Tensor]:
@@ -56,14 +61,18 @@ def filter_scores_of(state: State, groups: Sequence[FilterGroup], options: Magni
     return {group.name: norms[group.name] / state[group.filters][0].numel() ** (1 / NORMS[options.criterion]) for group in groups}
 
 
-def chosen_filters(
-    scores: Mapping[str, Tensor], groups: Sequence[FilterGroup], ratio: float, scope: str, floor: float
-) -> dict[str, Tensor]:
-    """The filters of `groups` that stay, at least one of each group."""
+def chosen_filters(scores: Mapping[str, Tensor], groups: Sequence[FilterGroup], ratio: float, options: Any) -> dict[str, Tensor]:
+    """The filters of `groups` that stay, at least one of each group, by the `scope`, `floor` and `round_to` of a finder's options.
+
+    One ranking over all says how many each group keeps, the floor included; that number is rounded, and the group's best are taken.
+    """
     layers = {group.name: scores[group.name].numpy() for group in groups}
-    if scope == "global":
-        return {name: torch.from_numpy(kept) for name, kept in largest_of_all(layers, ratio, floor, 1, "filters").items()}
-    counts = kept_of_each({name: len(values) for name, values in layers.items()}, ratio, "filters")
+    widths = {name: len(values) for name, values in layers.items()}
+    if options.scope == "global":
+        counts = {name: len(kept) for name, kept in largest_of_all(layers, ratio, options.floor, 1, "filters").items()}
+    else:
+        counts = kept_of_each(widths, ratio, "filters")
+    counts = rounded(counts, widths, options.round_to)
     return {name: torch.from_numpy(largest(values, counts[name])) for name, values in layers.items()}
 
 
@@ -108,5 +117,5 @@ def magnitude(source: Source, options: MagnitudeOptions, ratios: Sequence[float]
         return
     scores = filter_scores_of(state, source.groups, options)
     for ratio in ratios:
-        mask = FilterMask(source.architecture, chosen_filters(scores, source.groups, ratio, options.scope, options.floor))
+        mask = FilterMask(source.architecture, chosen_filters(scores, source.groups, ratio, options))
         yield Found(ratio, mask, *common, with_all_groups(scores, mask))

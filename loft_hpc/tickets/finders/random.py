@@ -10,7 +10,7 @@ import torch
 from loft_hpc import seeds
 from loft_hpc.errors import LoftError
 from loft_hpc.models.groups import FilterGroup, Selection
-from loft_hpc.tickets.counts import kept_of_all, kept_of_each
+from loft_hpc.tickets.counts import kept_of_all, kept_of_each, rounded
 from loft_hpc.tickets.finders.magnitude import SCOPES, UNITS, as_mask
 from loft_hpc.tickets.masks import FilterMask, WeightMask, weight_shapes
 from loft_hpc.tickets.pruning import Found, check_choices, option, register
@@ -32,6 +32,7 @@ class RandomOptions:
         PROFILES,
     )
     seed: int = option(0, "What a random ticket (or search) is drawn by.")
+    round_to: int = option(1, "")
 
     def __post_init__(self):
         check_choices(self)
@@ -41,9 +42,10 @@ class RandomOptions:
             raise LoftError("--profile smart-ratio is one of weights: give --unit weights with it", usage=True)
 
 
-def random_filters(groups: Sequence[FilterGroup], ratio: float, seed: int) -> Selection:
+def random_filters(groups: Sequence[FilterGroup], ratio: float, seed: int, round_to: int = 1) -> Selection:
     """Keep as many filters of each group as `magnitude` in the layer scope would, drawn uniformly."""
-    counts = kept_of_each({group.name: group.width for group in groups}, ratio, "filters")
+    widths = {group.name: group.width for group in groups}
+    counts = rounded(kept_of_each(widths, ratio, "filters"), widths, round_to)
     return draw_like({name: range(count) for name, count in counts.items()}, groups, seed)
 
 
@@ -113,7 +115,9 @@ def random(source: Source, options: RandomOptions, ratios: Sequence[float]) -> I
     common = (state, source.file(source.at), source.cost(source.at))
     for ratio in ratios:
         if options.unit == "filters":
-            yield Found(ratio, FilterMask(source.architecture, random_filters(source.groups, ratio, options.seed)), *common)
+            yield Found(
+                ratio, FilterMask(source.architecture, random_filters(source.groups, ratio, options.seed, options.round_to)), *common
+            )
             continue
         shapes = weight_shapes(source.architecture)
         sizes = {name: shape.numel() for name, shape in shapes.items()}
