@@ -5,6 +5,8 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = next(line.split('"')[1] for line in (here / "loft_hpc/__init__.py").read_text().splitlines() if line.startswith("__version__"))
 
+export = ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"]  # for `loft export --format onnx`; torch.export needs none of them
+
 setup(
     name="loft-hpc",
     version=version,
@@ -32,6 +34,10 @@ setup(
         "matplotlib>=3.8",
         "tomli>=2; python_version < '3.11'",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6", "torch-pruning>=1.5"], "energy": ["nvidia-ml-py", "codecarbon"]},
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6", "torch-pruning>=1.5", *export],
+        "energy": ["nvidia-ml-py", "codecarbon"],
+        "export": export,
+    },
     entry_points={"console_scripts": ["loft = loft_hpc.cli.main:main"]},
 )

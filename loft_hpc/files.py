@@ -132,10 +132,11 @@ def refuse_links_outside(folder: Path) -> None:
                 )
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file with a SHA-256 over names and contents in its metadata, written atomically."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file with a SHA-256 over names and contents in its metadata, besides `metadata`, written
+    atomically."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, to_safetensors(ready, metadata={"sha256": checksum(ready)}))
+    write_atomically(path, to_safetensors(ready, metadata={**(metadata or {}), "sha256": checksum(ready)}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

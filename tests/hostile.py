@@ -124,6 +124,8 @@ WRITING = {
     "resume": ("interrupted",),
     "retrain": ("new",),
     "go on retraining": ("retrained",),
+    "export": ("exported.safetensors", "exported.json"),
+    "export retrained": ("exported.safetensors", "exported.json"),
     "sweep": ("run",),
     "search": ("run",),
 }
@@ -150,6 +152,8 @@ def command(name: str, folder: Path) -> list[str | Path]:
         "sweep": ["sweep", folder / "run", "--ratio", "0.5", "--at", "init", *short],
         "measure masked": ["measure", folder / MASKED, *fast],
         "compare": ["compare", folder / "run", folder / "masked", *fast, "--no-energy", "--no-robustness"],
+        "export": ["export", folder / TICKET, "--output", folder / "exported.safetensors", "--device", "cpu"],
+        "export retrained": ["export", folder / "retrained", "--output", folder / "exported.safetensors", "--device", "cpu"],
         "search": ["prune", folder / "run", "--ratio", "0.5", *SEARCH],
     }[name]
 
@@ -180,6 +184,8 @@ FILES = {
         "interrupted/checkpoints/000004/state.safetensors", "interrupted/snapshots/scores-000004.safetensors",
     ),
     "retrain": (f"{TICKET}/ticket.json", f"{TICKET}/mask.safetensors", f"{TICKET}/model.safetensors"),
+    "export": (f"{TICKET}/ticket.json", f"{TICKET}/mask.safetensors", f"{TICKET}/model.safetensors"),
+    "export retrained": ("retrained/run.json", "retrained/model.safetensors"),
     "go on retraining": ("retrained/run.json", f"{TICKET}/model.safetensors"),
     "sweep": ("run/run.json", "run/tickets", "run/sweeps", "run/sweeps/default/sweep.json", f"{SWEPT}/run.json", f"{SWEPT}/.lock"),
     "measure masked": (f"{MASKED}/ticket.json", f"{MASKED}/mask.safetensors", f"{MASKED}/model.safetensors", f"{MASKED}/scores.safetensors"),

@@ -32,6 +32,7 @@ COMMANDS = {
     "sweep": "Retrain a ticket of every snapshot: when is it there?",
     "theory": "LoFT's Theorem 1, checked numerically.",
     "measure": "Accuracy, size, latency and filter distance.",
+    "export": "A network as a file that others run: torch.export, ONNX, safetensors.",
     "commcost": "The communication-cost report.",
     "doctor": "What is installed, what is missing, how to mend it.",
 }

@@ -1,10 +1,11 @@
 """`loft measure`: what runs and tickets on disk are worth."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from loft_hpc.analysis.robustness import (
 from loft_hpc.analysis.size import Size, network_size, ticket_size
 from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet, TensorDataSet
+from loft_hpc.data.inputs import NetworkInput
 from loft_hpc.data.registry import CIFAR, DataSettings, open_data
 from loft_hpc.data.shifted import CIFAR_C_CORRUPTIONS, cifar10_1, cifar10_2, cifar_c
 from loft_hpc.errors import LoftError
@@ -58,6 +60,10 @@ class Subject:
     """0/1 over weights that are held at zero; None where there is no such mask."""
     data: DataSettings
     evaluation: Evaluation
+    input: NetworkInput | None = None
+    """How to feed it; None where an earlier version made it."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Of a ticket and of a retrained one: its method, ratio, run and so on, as they stand in a file."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def open_subject(path: Path) -> Subject:
         ticket = Ticket.read(path)
         return Subject(
             path, "ticket", ticket.architecture, ticket.hidden_widths, ticket.state, ticket.dense, ticket.mask.weights, ticket_data(ticket),
-            ticket_evaluation(ticket),
+            ticket_evaluation(ticket), ticket.input, ticket.provenance,
         )  # fmt: skip
     if not (path / "run.json").is_file():
         raise LoftError(f"{path} is neither a run nor a ticket: give a folder that loft pretrain, prune or retrain printed")
@@ -112,9 +118,25 @@ def open_subject(path: Path) -> Subject:
         if masked:
             network_for(dense, None, state, torch.device("cpu"), str(run.model_path))
         kept = {name: (state[name] != 0).to(torch.uint8) for name in weight_shapes(dense)} if masked else None
-        return Subject(path, "retrained", run.architecture, run.hidden_widths, state, dense, kept, settings.data, settings.evaluation)
+        return Subject(
+            path, "retrained", run.architecture, run.hidden_widths, state, dense, kept, settings.data, settings.evaluation,
+            _input_of(run), run.description.get("ticket") or {},
+        )  # fmt: skip
     settings = settings_of(run)
-    return Subject(path, "run", run.architecture, None, run.read_model(), run.architecture, None, settings.data, settings.evaluation)
+    return Subject(
+        path, "run", run.architecture, None, run.read_model(), run.architecture, None, settings.data, settings.evaluation, _input_of(run)
+    )  # fmt: skip
+
+
+def _input_of(run: Run) -> NetworkInput | None:
+    """None for runs of earlier versions. Raises LoftError where what run.json says of its data cannot be."""
+    data = run.description.get("data") or {}
+    if "mean" not in data:
+        return None
+    try:
+        return NetworkInput.from_json(data)
+    except ValueError as problem:
+        raise LoftError(f"{run.path / 'run.json'} says of its data {problem}: restore it") from None
 
 
 @dataclass(frozen=True)
@@ -157,7 +179,7 @@ def _attacks(settings: MeasureSettings) -> list[Attack]:
 def measure(paths: Sequence[Path], settings: MeasureSettings, data_dir: str | None, device: str, world: World) -> list[Measured]:
     """Accuracy and robustness (all ranks take part), size and memory; latency and energy beside the dense network's (on rank 0 alone).
 
-    Collective. Statistics of a ticket are re-estimated before it is scored: those that it was cut out with belong to the dense network.
+    Collective. Statistics are re-estimated before a network is scored: tickets of earlier versions have the dense network's.
     """
     subjects = [open_subject(path) for path in paths]
     _refuse_missing(subjects, settings)

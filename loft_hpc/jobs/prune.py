@@ -4,21 +4,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from loft_hpc.analysis.size import Size, network_size, ticket_size
+from loft_hpc.data.inputs import NetworkInput
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.settings import to_json
 from loft_hpc.jobs.source import RunSource, Surroundings
+from loft_hpc.models.groups import parameters_of
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets import finders  # noqa: F401 (finders register themselves)
 from loft_hpc.tickets.pruning import Found, Pruning
 from loft_hpc.tickets.source import FINAL
 from loft_hpc.tickets.ticket import Ticket, refuse_existing
-from loft_hpc.training.evaluation import Score, judge, network_for
+from loft_hpc.training.evaluation import Score, network_for, reestimate_statistics, score
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A ticket as it was made: before any retraining, but with statistics re-estimated for its score."""
+    """A ticket as it was made, before any retraining."""
 
     ticket: Ticket
     pruning: Pruning
@@ -59,7 +63,17 @@ def _ticket(found: Found, pruning: Pruning, source: RunSource, blocks: str, name
         **found.details,
     }
     scores = None if found.scores is None else dict(found.scores)
-    return Ticket(source.run.path / "tickets" / name, found.mask, found.mask.carve(found.weights), provenance, scores)
+    fed = NetworkInput.of(source.data.info)
+    return Ticket(source.run.path / "tickets" / name, found.mask, _with_statistics(found, source), provenance, scores, fed)
+
+
+def _with_statistics(found: Found, source: RunSource) -> dict[str, Tensor]:
+    """The ticket's parameters, and normalisation statistics of its own: the dense network's, cut, are wrong for it.
+    Collective."""
+    mask, where = found.mask, str(source.run.path / found.drawn_from)
+    network = network_for(mask.architecture, mask.hidden_widths, parameters_of(mask.carve(found.weights)), source.device, where)
+    reestimate_statistics(network, source.data, source.settings.evaluation, source.world)
+    return {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
 def prune(path: Path, prunings: Sequence[Pruning], blocks: str, at: str | None, name: str | None, around: Surroundings) -> list[Pruned]:
@@ -74,7 +88,7 @@ def prune(path: Path, prunings: Sequence[Pruning], blocks: str, at: str | None, 
     for ticket, pruning in zip(tickets, prunings, strict=True):
         network = network_for(ticket.architecture, ticket.hidden_widths, ticket.state, source.device, str(ticket.path))
         size = ticket_size(ticket.architecture, ticket.hidden_widths, ticket.mask.weights, data.info.image_size)
-        results.append(Pruned(ticket, pruning, size, dense, judge(network, data, source.settings.evaluation, world)))
+        results.append(Pruned(ticket, pruning, size, dense, score(network, data, source.settings.evaluation, world)))
     return results
 
 

@@ -166,5 +166,5 @@ def retrain(
 def _refuse_other_ticket(run: Run, ticket: Ticket) -> None:
     """A run goes on with the ticket that it was started with."""
     own = run.required("ticket", dict)
-    if own.get("sha256") != ticket.fingerprint:
+    if own.get("sha256") not in ticket.fingerprints:
         raise LoftError(f"{run.path} retrains another ticket, {own.get('path')}: resume it with that one")

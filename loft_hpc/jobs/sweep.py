@@ -86,7 +86,9 @@ def sweep(
     points, taken = [], []
     for number, (run, at, pruning) in enumerate(work, start=1):
         began = time.perf_counter()
-        ticket = _ticket(run, pruning, settings.blocks, at, Surroundings(world, quiet, recipes[run.path].data.data_dir))
+        own = recipes[run.path]
+        around = Surroundings(world, quiet, own.data.data_dir, own.computation.device)
+        ticket = _ticket(run, pruning, settings.blocks, at, around)
         folder = run.path / "sweeps" / settings.name / ticket.path.name
         done = world.on_root(partial(_is_done, folder))
         world.ledger = Ledger()  # each retraining counts its own

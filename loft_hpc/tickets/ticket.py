@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from loft_hpc.data.inputs import NetworkInput
 from loft_hpc.errors import LoftError
 from loft_hpc.files import checksum, publish_folder, read_json, read_tensors, write_json, write_tensors
 from loft_hpc.models.architecture import Architecture
+from loft_hpc.models.groups import parameters_of
 from loft_hpc.tickets.masks import MASKS, FilterMask, Mask
 
 
@@ -49,8 +51,9 @@ class Cost:
 class Ticket:
     """A ticket of a residual network.
 
-    `state` is what to start from: of a filter or layer ticket the physically smaller network, of a weight ticket the whole one with
-    zeros; parameters, and statistics where the network that it was drawn from had some.
+    `state` is what to start from: of a filter or layer ticket the physically smaller network, of a weight ticket the
+    whole one with zeros; parameters, and normalisation statistics that were re-estimated for the ticket itself
+    (docs/decisions/0012). Tickets of earlier versions have those of the dense network, cut, or none, and no `input`.
     """
 
     path: Path
@@ -60,6 +63,8 @@ class Ticket:
     """Method, ratio and so on, cost, and the run it was drawn from."""
     scores: dict[str, Tensor] | None = None
     """What the units were ranked by, as the mask's tensors, larger being better; None where nothing was ranked."""
+    input: NetworkInput | None = None
+    """How to feed it; None for tickets of earlier versions."""
 
     @property
     def dense(self) -> Architecture:
@@ -88,9 +93,21 @@ class Ticket:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the weights (and, through their shapes, the widths), and over a mask of weights: what tells one ticket from another."""
-        masks = {f"mask/{name}": mask for name, mask in (self.mask.weights or {}).items()}
-        return checksum({**self.state, **masks})
+        """SHA-256 over the parameters (and, through their shapes, the widths), and over a mask of weights: what tells
+        one ticket from another.
+
+        Statistics are left out: nothing starts from them, and their last bits depend on the number of ranks.
+        """
+        return checksum({**parameters_of(self.state), **self._masks})
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """`fingerprint`, and the one of earlier versions, which covered statistics too: runs on disk hold either."""
+        return self.fingerprint, checksum({**self.state, **self._masks})
+
+    @property
+    def _masks(self) -> dict[str, Tensor]:
+        return {f"mask/{name}": mask for name, mask in (self.mask.weights or {}).items()}
 
     @property
     def cost(self) -> Cost:
@@ -113,6 +130,7 @@ class Ticket:
             "kind": f"{self.mask.kind} ticket",
             "architecture": self.dense.to_json(),
             "hidden_widths": self.hidden_widths,
+            **({} if self.input is None else {"input": self.input.to_json()}),
             **self.provenance,
         }
         write_json(temporary / "ticket.json", description)
@@ -140,7 +158,20 @@ class Ticket:
         for name, width in mask.hidden_widths.items():
             if widths.get(name) != width:
                 raise LoftError(f"{path / 'ticket.json'} and mask.safetensors disagree on {name}: restore them or prune again")
-        return cls(path, mask, read_tensors(path / "model.safetensors"), description, _scores(path, mask))
+        fed = _input(path, description.pop("input", None), dense)
+        return cls(path, mask, read_tensors(path / "model.safetensors"), description, _scores(path, mask), fed)
+
+
+def _input(path: Path, fields: Any, dense: Architecture) -> NetworkInput | None:
+    if fields is None:
+        return None
+    try:
+        fed = NetworkInput.from_json(fields)
+        if (fed.channels, fed.num_classes) != (dense.in_channels, dense.num_classes):
+            raise ValueError("channels or classes of another network")
+    except ValueError as problem:
+        raise LoftError(f"{path / 'ticket.json'} has an input with {problem}: restore it or prune again") from None
+    return fed
 
 
 def _scores(path: Path, mask: Mask) -> dict[str, Tensor] | None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from loft_hpc import load_ticket
 from loft_hpc.cli.main import run
+from loft_hpc.data.embedded import digits
 from loft_hpc.files import read_tensors, write_tensors
 from loft_hpc.models.groups import filter_groups, mask_state
 from loft_hpc.models.resnet import build
@@ -127,7 +129,24 @@ def test_tickets_on_disk_equal_the_masked_network(world, trained, pruned):
         slim.load_state_dict(ticket.state)
         masked.load_state_dict(mask_state(state, ticket.selection, filter_groups(ticket.architecture)))
         x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(slim.eval()(x), masked.eval()(x), rtol=1e-4, atol=1e-4)
+        # by the statistics of the batch: those that the ticket has are its own
+        torch.testing.assert_close(slim.train()(x), masked.train()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_ticket_on_disk_scores_as_prune_said(world, capsys, folder, pruned):
+    """Whatever the number of ranks that re-estimated its statistics; an export, made by all ranks, has the same
+    accuracy."""
+    scored = ask(world, capsys, "measure", pruned / "magnitude-l2-0.5", "--repetitions", "2")["measured"][0]["accuracy"]
+    network = load_ticket(pruned / "magnitude-l2-0.5")
+    with torch.no_grad():
+        data = digits(torch.device("cpu"))
+        right = sum(int((network(images).argmax(1) == labels).sum()) for images, labels in data.test_batches(250, 0, 1))
+    assert right / data.info.test_images == pytest.approx(scored, abs=1.5 / data.info.test_images)  # sums over other ranks round otherwise
+    assert run(["export", str(pruned / "magnitude-l2-0.5"), "--output", str(folder / "own.safetensors")]) == 0
+    capsys.readouterr()
+    world.barrier()
+    assert json.loads((folder / "own.json").read_text())["accuracy"] == scored
+    assert refuse(world, capsys, "export", pruned / "magnitude-l2-0.5", "--output", folder / "own.safetensors")[0] == 1
 
 
 def test_retrain_and_its_rewinds(world, capsys, folder, pruned):
