@@ -33,5 +33,5 @@ setup(
         "tomli>=2; python_version < '3.11'",
     ],
     extras_require={"test": ["pytest>=8", "hypothesis>=6", "torch-pruning>=1.5"], "energy": ["nvidia-ml-py", "codecarbon"]},
-    entry_points={"console_scripts": ["loft = loft_hpc.cli.main:main"]},
+    entry_points={"console_scripts": ["loft = loft_hpc.__main__:main"]},
 )
