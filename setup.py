@@ -39,5 +39,5 @@ setup(
         "energy": ["nvidia-ml-py", "codecarbon"],
         "export": export,
     },
-    entry_points={"console_scripts": ["loft = loft_hpc.cli.main:main"]},
+    entry_points={"console_scripts": ["loft = loft_hpc.__main__:main"]},
 )

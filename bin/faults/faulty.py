@@ -5,7 +5,7 @@ import signal
 
 from loft_hpc.cli.main import main
 
-EXCEPTION, NAN, BIT = signal.SIGUSR2, signal.SIGRTMIN, signal.SIGRTMIN + 1
+EXCEPTION, NAN, BIT = signal.SIGRTMIN + 2, signal.SIGRTMIN, signal.SIGRTMIN + 1
 
 
 def _parameters():

@@ -1,7 +1,8 @@
-"""Plots as PNG files."""
+"""Plots, as PNG, PDF or SVG by the ending of their file's name."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,9 +11,14 @@ import numpy as np
 from loft_hpc.analysis.distance import GroupDistance
 from loft_hpc.analysis.statistics import mean_interval
 from loft_hpc.analysis.timing import Seconds
+from loft_hpc.files import write_atomically
 
 _STYLES = {"loft": ("#0072B2", "o"), "data-parallel": ("#D55E00", "s"), "gpipe": ("#009E73", "^")}
 """Colours that colour-blind eyes tell apart (Okabe and Ito), each with a marker of its own."""
+
+
+_UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+"""Without the moment of drawing, the same figures give the same file."""
 
 
 class Cost(Protocol):
@@ -34,10 +40,14 @@ def _figure(path: Path, rows: int, columns: int, size: tuple[float, float], **de
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **details)
-    yield figure, axes
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    try:
+        yield figure, axes
+        drawn, format = BytesIO(), path.suffix[1:].lower()
+        with matplotlib.rc_context({"svg.hashsalt": "loft-hpc"}):  # names of elements, drawn by chance otherwise
+            figure.savefig(drawn, format=format, dpi=150, metadata=_UNDATED.get(format))
+        write_atomically(path, drawn.getvalue())
+    finally:
+        pyplot.close(figure)
 
 
 def _logarithmic(axes: Any, numbers: Sequence[int], label: str) -> None:

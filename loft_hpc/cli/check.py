@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from loft_hpc.cli.context import Job, format_option, table, tell
+from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.options import (
     NEVER,
     batch_parts_option,
@@ -23,6 +23,7 @@ from loft_hpc.cli.progress import Progress
 from loft_hpc.data.registry import DataSettings
 from loft_hpc.jobs.check import CONTROLS, DENSE, TICKET, CheckSettings, check, to_fields
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, ticket_data
+from loft_hpc.screen import tell
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight

@@ -12,20 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loft_hpc.comm.launch import announced, announced_rank
+from loft_hpc.screen import tell, without_surrogates
 
 if TYPE_CHECKING:
     from loft_hpc.comm.world import World
     from loft_hpc.training.interruption import Interruption
-
-
-def printable(text: str) -> str:
-    """The text with all that could move a terminal's cursor, or that is no character, spelt out: names come from other people's files."""
-    return "".join(letter if letter == "\n" or letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-def tell(text: str) -> None:
-    """A line on the screen."""
-    click.echo(printable(text))
 
 
 class Job:
@@ -69,7 +60,7 @@ class Job:
 
     def show(self, format: str, fields: dict[str, Any], text: str) -> None:
         """Results, as JSON with stable keys or as the text that a person reads."""
-        self.say(json.dumps(fields, indent=2) if format == "json" else text)
+        self.say(json.dumps(without_surrogates(fields), indent=2) if format == "json" else text)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,24 @@
 """The `loft` command: its subcommands, and the one place where failures become a line and an exit code."""
 
+import errno
 import signal
 import sys
 import time
 import traceback
 from contextlib import nullcontext
+from importlib import import_module
 
 import click
+from click.shell_completion import CompletionItem
 
 from loft_hpc import __version__
-from loft_hpc.cli.context import Job, printable
+from loft_hpc.cli.commands import COMMANDS, RESUMED, listen, trains
+from loft_hpc.cli.context import Job
 from loft_hpc.comm.launch import announced_rank
 from loft_hpc.errors import Interrupted, LoftError
-from loft_hpc.training.interruption import Interruption
+from loft_hpc.packages import what_is_missing
+from loft_hpc.screen import outlive_readers, printable, tell
+from loft_hpc.training.interruption import WARNINGS, Interruption
 
 RANK_0_SPEAKS_SECONDS = 1.0
 """How long other ranks let rank 0 speak: a launcher ends the job at the first rank that leaves with a failure."""
@@ -23,29 +29,11 @@ LINE_ARRIVES_SECONDS = 0.5
 INTERRUPTED = 85
 """Exit code of a training that was told to end and can go on: slurm/*.sh make a requeue of it (Slurm's RequeueExit, by custom)."""
 
-COMMANDS = {
-    "pretrain": "Find a ticket: train a network over all ranks.",
-    "prune": "Find tickets of a pretraining run's network.",
-    "retrain": "Train a ticket over all ranks.",
-    "check": "Is it a winning ticket? Controls, retrained over seeds.",
-    "compare": "Tickets side by side: accuracy, size, cost, energy, robustness.",
-    "sweep": "Retrain a ticket of every snapshot: when is it there?",
-    "theory": "LoFT's Theorem 1, checked numerically.",
-    "measure": "Accuracy, size, latency and filter distance.",
-    "export": "A network as a file that others run: torch.export, ONNX, safetensors.",
-    "commcost": "The communication-cost report.",
-    "doctor": "What is installed, what is missing, how to mend it.",
-}
-
+SIGPIPE = 128 + signal.SIGPIPE
+"""Exit code of a command whose reader went before its end, as the shell says it of every other program."""
 
 EXIT_SECONDS = 30
 """How long a rank that has trained may take to leave."""
-
-TRAININGS = ("pretrain", "prune", "retrain", "check", "sweep")
-"""Commands that end at their next checkpoint when they are told to."""
-
-RESUMED = ("pretrain", "retrain")
-"""Those of them that have an option to go on; the others find what is done."""
 
 
 class LazyGroup(click.Group):
@@ -57,9 +45,16 @@ class LazyGroup(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        from importlib import import_module
+        try:
+            return import_module(f"loft_hpc.cli.{name}").command
+        except ImportError:
+            if context.resilient_parsing:  # a shell that completes what is being typed, where no message belongs
+                return None
+            raise
 
-        return import_module(f"loft_hpc.cli.{name}").command
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        names = [CompletionItem(name, help=what) for name, what in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, context, incomplete)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -75,30 +70,45 @@ def loft() -> None:
     """
 
 
-def main() -> None:
-    """Entry point of the `loft` command."""
-    # a scheduler's warning that comes before a training or just after its end must not kill what it finds
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    code = run(sys.argv[1:])
-    if sys.argv[1:2] and sys.argv[1] in TRAININGS:
+def main(interruption: Interruption | None = None) -> None:
+    """The `loft` command. `interruption`: what has noted signals since the process began, if anything has."""
+    output = outlive_readers()
+    arguments = sys.argv[1:]
+    code = run(arguments, interruption or listen(arguments))
+    if trains(arguments):
+        for warning in WARNINGS:  # there is nothing left to lose, and no handler runs any more in MPI's end
+            signal.signal(warning, signal.SIG_IGN)
         # MPI's end waits for all ranks, for ever if one of them was stopped just then; no Python runs any more to notice
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(EXIT_SECONDS)
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.exit(_code_without_reader(code, output.problem, trains(arguments)) if output.problem else code)
 
 
-def run(arguments: list[str]) -> int:
-    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 85 told to end and ready to go on."""
-    interruption = Interruption()
-    job = Job(interruption)
-    trains = bool(arguments) and arguments[0] in TRAININGS
+def _code_without_reader(code: int, problem: OSError, trained: bool) -> int:
+    """The exit code of a command whose output was not taken to the end. What a training does lies in its run; of others it is the output."""
+    if problem.errno == errno.EPIPE:  # the reader has had enough
+        return code if trained or code else SIGPIPE
+    what = f"standard output cannot be written to ({problem.strerror})"
+    tell(f"loft: note: {what}: see the run's folder" if trained else f"loft: {what}: free space or name another file", error=True)
+    return code if trained else code or 1
+
+
+def run(arguments: list[str], interruption: Interruption | None = None) -> int:
+    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 85 told to end and ready to go on.
+
+    `interruption` notes signals already; without one, a training notes them for its own length.
+    """
+    own = Interruption()
+    job = Job(interruption or own)
+    program = "python -m loft_hpc" if sys.argv[0].endswith("__main__.py") else "loft"
     try:
-        with interruption if trains else nullcontext():  # from the start: a warning that comes while torch loads counts too
-            code = loft.main(arguments, prog_name="loft", standalone_mode=False, obj=job)
+        with own if trains(arguments) and interruption is None else nullcontext():
+            code = loft.main(arguments, prog_name=program, complete_var="_LOFT_COMPLETE", standalone_mode=False, obj=job)
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as problem:
         if announced_rank() == 0:
-            click.echo(problem.format_message(), err=True)
+            tell(problem.format_message(), error=True)
         return 2
     except click.ClickException as problem:
         context = getattr(problem, "ctx", None)
@@ -109,6 +119,8 @@ def run(arguments: list[str]) -> int:
         return _fail(job, _line(f"{problem}; {how}"), INTERRUPTED, everywhere=True)
     except LoftError as problem:
         return _fail(job, _line(problem), 2 if problem.usage else 1, problem.everywhere)
+    except ImportError as problem:
+        return _fail(job, _line(what_is_missing(problem)), 1)
     except OSError as problem:
         where = f"{problem.filename}: " if problem.filename else ""
         return _fail(job, _line(f"{where}{problem.strerror or problem}: mend the path, its permissions or the space on its disk"), 1)
@@ -141,13 +153,13 @@ def _fail(job: Job, message: str, code: int, everywhere: bool = False) -> int:
     rank = announced_rank() if world is None else world.rank
     together = everywhere or world is None or world.size == 1 or world.failed_together()
     if rank == 0:
-        print(f"loft: {message}", file=sys.stderr, flush=True)
+        tell(f"loft: {message}", error=True)
     elif not together:
-        print(f"loft: rank {rank}: {message}", file=sys.stderr, flush=True)
+        tell(f"loft: rank {rank}: {message}", error=True)
     elif world is None:
         time.sleep(RANK_0_SPEAKS_SECONDS)
         if not everywhere:
-            print(f"loft: rank {rank}: {message}", file=sys.stderr, flush=True)
+            tell(f"loft: rank {rank}: {message}", error=True)
     if not together:
         time.sleep(LINE_ARRIVES_SECONDS)
         world.abort(code)

@@ -1,8 +1,12 @@
 """Options that several commands share. Each is named as the settings' field that it fills; defaults live there."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
+from errno import EISDIR
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import click
@@ -10,7 +14,9 @@ from click.core import ParameterSource
 
 from loft_hpc.analysis.timing import EXAMPLES
 from loft_hpc.cli.leave_out import leave_out_option
+from loft_hpc.comm.launch import announced_rank
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings
+from loft_hpc.errors import LoftError
 from loft_hpc.training.settings import PRECISIONS, SCHEDULES, Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 
 Decorator = Callable[[Callable], Callable]
@@ -97,15 +103,36 @@ evaluation_options = several(
 )
 
 
+PLOT_ENDINGS = (".png", ".pdf", ".svg")
+
+
 def plot_option(help: str) -> Decorator:
-    """--plot, the name of a PNG file."""
+    """--plot, the name of a PNG, PDF or SVG file, in a place that is tried before the work begins whose result it shows."""
 
     def check(context: click.Context, parameter: click.Parameter, name: str | None) -> Path | None:
-        if name is not None and not name.lower().endswith(".png"):
-            raise click.BadParameter(f"{name} must end in .png", context, parameter)
-        return None if name is None else Path(name)
+        if name is None:
+            return None
+        if not name.lower().endswith(PLOT_ENDINGS):
+            raise click.BadParameter(f"{name} must end in {', '.join(PLOT_ENDINGS[:-1])} or {PLOT_ENDINGS[-1]}", context, parameter)
+        if announced_rank() == 0 and not context.resilient_parsing:  # the rank that draws; others may stand on machines without that folder
+            refuse_unwritable(Path(name))
+            if find_spec("matplotlib") is None:
+                raise ModuleNotFoundError(name="matplotlib")
+        return Path(name)
 
-    return click.option("--plot", type=click.Path(), callback=check, help=f"PNG file: {help}")
+    return click.option("--plot", type=click.Path(), callback=check, help=f"PNG, PDF or SVG file, by its ending: {help}")
+
+
+def refuse_unwritable(file: Path) -> None:
+    """Raises LoftError where `file` could not be written as things stand. Nothing is left behind."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder")
+        folder = next(place for place in file.absolute().parents if os.path.lexists(place))
+        with NamedTemporaryFile(prefix=f".{file.name}.", dir=folder):
+            pass
+    except OSError as problem:
+        raise LoftError(f"{file} cannot be written ({problem.strerror or problem}): name another place for --plot") from None
 
 
 def cluster_option(help: str) -> Decorator:

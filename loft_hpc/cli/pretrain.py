@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loft_hpc.cli.context import Job, format_option, tell
+from loft_hpc.cli.context import Job, format_option
 from loft_hpc.cli.dryrun import dry_run_options, show_plan, wants_plan
 from loft_hpc.cli.options import (
     checkpoint_options,
@@ -35,6 +35,7 @@ from loft_hpc.jobs.settings import flatten
 from loft_hpc.models.architecture import MODEL_NAMES
 from loft_hpc.models.groups import PARTITION_RULES
 from loft_hpc.pipeline.gpipe import PipelineSettings
+from loft_hpc.screen import tell
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
 

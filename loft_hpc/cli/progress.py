@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from loft_hpc.cli.context import printable, tell
 from loft_hpc.comm.launch import output_is_terminal
+from loft_hpc.screen import erase_line, tell
 
 
 class Progress:
@@ -43,7 +43,7 @@ class Progress:
         moved = f"   filter distance {distance:.3f}" if distance is not None else ""
         line = f"epoch {epoch:>{len(str(epochs))}}/{epochs}   loss {loss:7.4f}{judged}{moved}   {seconds:6.1f} s"
         if self._bar:
-            click.echo("\r\033[K", nl=False)  # the bar gives way to the line and is drawn again below it
+            erase_line()  # the bar gives way to the line and is drawn again below it
         tell(line)
         if self._bar:
             if epoch < epochs:
@@ -56,7 +56,7 @@ class Progress:
             tell(f"{before} ranks began this run, {now} go on: deals, data order and rounding are others from here on")
 
     def fell_back(self, problem: str) -> None:
-        click.echo(printable(f"loft: note: the newest checkpoint is broken, an earlier one is used: {problem}"), err=True)
+        tell(f"loft: note: the newest checkpoint is broken, an earlier one is used: {problem}", error=True)
 
     def noted(self, text: str) -> None:
         self.notes.append(text)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from loft_hpc.cli.context import Job, format_option, tell
+from loft_hpc.cli.context import Job, format_option
 from loft_hpc.cli.options import (
     batch_parts_option,
     checkpoint_options,
@@ -26,6 +26,7 @@ from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, other_data, retrain, ticket_data
+from loft_hpc.screen import tell
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loft_hpc.cli.context import Job, format_option, table, tell
+from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.options import (
     NEVER,
     device_option,
@@ -27,6 +27,7 @@ from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings
 from loft_hpc.jobs.sweep import EVERY, Point, SweepSettings, sweep
 from loft_hpc.runs.run import Run
+from loft_hpc.screen import tell
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
 

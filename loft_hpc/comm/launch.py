@@ -1,8 +1,12 @@
 """What the launcher says about this process, before MPI is started. With cli/, the only readers of environment variables."""
 
 import os
+import pwd
 import sys
+import tempfile
 from pathlib import Path
+
+from loft_hpc.errors import LoftError
 
 # Variables that hold (rank, size of the job), from the most to the least trustworthy. Slurm's are those of the running step:
 # SLURM_NTASKS also stands in a batch script, where a single process is no mistake.
@@ -28,6 +32,20 @@ def announced_rank() -> int:
     return said[0] if said else 0
 
 
+def home_of_user() -> str:
+    """What HOME should be: the home folder by the machine's list of users; for a user who is not in it, the temporary folder."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return tempfile.gettempdir()
+
+
+def refuse_without_home() -> None:
+    """Raises LoftError where HOME is not set: MPI would end the process in words of its own."""
+    if not os.environ.get("HOME"):
+        raise LoftError(f"HOME is not set, and Open MPI does not start without it: export HOME={home_of_user()}")
+
+
 def threads_chosen_by_user() -> int | None:
     """OMP_NUM_THREADS, where somebody set it to a number."""
     value = os.environ.get("OMP_NUM_THREADS", "")
@@ -42,7 +60,7 @@ def output_is_terminal() -> bool:
 
     Open MPI gives every rank a pseudo-terminal of its own, so under a launcher what counts is the launcher's output.
     """
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():
         return False
     if announced() is None:
         return True

@@ -13,6 +13,7 @@ from types import TracebackType
 
 import loft_hpc
 from loft_hpc.comm.world import World
+from loft_hpc.screen import tell
 
 _PATIENCE_SECONDS = 5.0
 """How much longer ranks wait that wait for others: those that keep them waiting are the ones to say what is wrong."""
@@ -91,6 +92,6 @@ class Watchdog:
 
     def _end(self, what: str) -> None:
         line = f"loft: rank {self._world.rank} on {platform.node()}: {what} (--stall-seconds): the job ends; go on with --resume"
-        print(line, file=sys.stderr, flush=True)
+        tell(line, error=True)
         time.sleep(_LINE_ARRIVES_SECONDS)
         self._world.abort(1)

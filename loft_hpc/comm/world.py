@@ -6,7 +6,6 @@ MPI_THREAD_MULTIPLE; the other order lets Horovod finalise MPI under mpi4py's fe
 
 import os
 import pickle
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +20,7 @@ from loft_hpc.comm.ledger import Entry, Ledger, chain_broadcast, ring_allgather,
 from loft_hpc.comm.pulse import Pulse
 from loft_hpc.comm.staging import Staging
 from loft_hpc.errors import LoftError
+from loft_hpc.screen import tell
 
 Item = TypeVar("Item")
 
@@ -250,6 +250,7 @@ def _as_carried(tensor: Tensor) -> Tensor:
 
 def start() -> World:
     """Start MPI and Horovod. Raises LoftError where they are missing or where MPI sees another world than the launcher made."""
+    launch.refuse_without_home()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as problem:
@@ -272,7 +273,7 @@ def start() -> World:
         hvd.init(comm=MPI.COMM_WORLD)
         return World(MPI.COMM_WORLD, hvd)
     except Exception as problem:  # the others are inside Horovod already, where only an abort reaches them
-        print(f"loft: rank {MPI.COMM_WORLD.Get_rank()}: Horovod does not start ({problem}): see loft doctor", file=sys.stderr, flush=True)
+        tell(f"loft: rank {MPI.COMM_WORLD.Get_rank()}: Horovod does not start ({problem}): see loft doctor", error=True)
         MPI.COMM_WORLD.Abort(1)
         raise
 

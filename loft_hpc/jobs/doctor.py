@@ -32,7 +32,7 @@ class Finding:
 def examine(data_dir: Path) -> list[Finding]:
     """Everything that training needs, and the data sets that can be read."""
     horovod = installed.horovod()
-    return [*_torch(), _torchvision(), *_mpi(), _horovod(horovod), *_gpus(horovod), *_data(data_dir)]
+    return [*_torch(), _torchvision(), *_packages(), *_surroundings(), *_mpi(), _horovod(horovod), *_gpus(horovod), *_data(data_dir)]
 
 
 def _torch() -> list[Finding]:
@@ -53,6 +53,38 @@ def _torchvision() -> Finding:
     return Finding("torchvision", "ok", torchvision.__version__)
 
 
+def _packages() -> list[Finding]:
+    """Packages without which some commands end half way: a line for each that is not there."""
+    return [
+        Finding(name, "missing", "not installed", f"bin/setup, or pip install {name}")
+        for name in ("numpy", "scipy", "pillow", "safetensors", "matplotlib")
+        if not _has(name)
+    ]
+
+
+def _has(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _surroundings() -> list[Finding]:
+    """What MPI needs of the environment and the machine beside itself; a line for each that is not as it should be."""
+    findings, shared = [], installed.shared_memory_bytes()
+    if not installed.home():
+        findings.append(Finding("HOME", "missing", "not set: Open MPI does not start", f"export HOME={installed.home_of_user()}"))
+    if not installed.writable_temporary_folder():
+        remedy = f"export TMPDIR={installed.usable_temporary_folder()}"
+        findings.append(Finding("TMPDIR", "missing", "cannot be written to: Open MPI does not start", remedy))
+    if shared is None or shared < installed.SHARED_MEMORY_BYTES:
+        what = "is not there" if shared is None else f"has {shared >> 20} MiB free"
+        remedy = "free it, or in a container: docker run --shm-size=2g, or --loader-workers 0"
+        findings.append(Finding("/dev/shm", "note", f"{what}: ranks exchange more slowly, loader processes may die", remedy))
+    return findings
+
+
 def _mpi() -> list[Finding]:
     mpi, launcher = installed.mpi(), installed.launcher()
     findings = []
@@ -64,8 +96,10 @@ def _mpi() -> list[Finding]:
         findings.append(Finding("MPI", "ok", f"{mpi.facts['library']} through mpi4py {mpi.facts['mpi4py']}"))
     if launcher is None:
         findings.append(Finding("mpirun", "missing", "not on the PATH", "source .venv/bin/activate, or load the MPI module"))
+    elif launcher.problem:
+        findings.append(Finding("mpirun", "missing", f"{launcher.path} {launcher.problem}", launcher.remedy))
     else:
-        findings.append(Finding("mpirun", "ok", f"{launcher[1]}, {launcher[0]}"))
+        findings.append(Finding("mpirun", "ok", f"{launcher.version}, {launcher.path}"))
     return findings
 
 
