@@ -51,5 +51,5 @@ def command(
         f"wrote {' and '.join(map(str, done.files))} ({chosen}, {done.parameters:,} parameters)\n"
         f"test accuracy: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})\n"
         f"read back and run on {difference.images} test images: largest difference {difference.absolute:.2g}, relative to the image's "
-        f"largest score {difference.relative:.2g} (at most {TOLERANCE:g})"
+        f"largest score {difference.relative:.2g} (at most {TOLERANCE:g})" + (f"\nnote: {done.note}" if done.note else "")
     )

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
-from loft_hpc.data.inputs import NetworkInput
 from loft_hpc.data.registry import open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.loading import input_of, metadata, open_finished
@@ -69,6 +68,8 @@ class Exported:
     parameters: int
     score: Score
     difference: Difference
+    note: str | None
+    """About the images that statistics and accuracy are of."""
 
 
 def export(path: Path, settings: ExportSettings, data_dir: str | None, device: str, world: World) -> Exported:
@@ -82,7 +83,7 @@ def export(path: Path, settings: ExportSettings, data_dir: str | None, device: s
     subject = open_finished(path)
     chosen, _ = place(device, "float32", world)
     data = open_data(subject.data.at(data_dir), chosen, world)
-    fed = input_of(subject, NetworkInput.of(data.info))
+    fed, note = input_of(subject, data.info)
     network = network_for(subject.architecture, subject.hidden_widths, subject.state, chosen, str(path))
     score = judge(network, data, subject.evaluation, world)
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()
@@ -97,7 +98,7 @@ def export(path: Path, settings: ExportSettings, data_dir: str | None, device: s
     with torch.no_grad():
         difference = world.on_root(write)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Exported(settings.writer.files(settings.output), parameters, score, difference)
+    return Exported(settings.writer.files(settings.output), parameters, score, difference, note)
 
 
 def refuse_output(settings: ExportSettings) -> None:

@@ -9,10 +9,12 @@ from torch import nn
 
 import loft_hpc
 from loft_hpc.comm.alone import Alone
+from loft_hpc.data.dataset import DataInfo
 from loft_hpc.data.inputs import NetworkInput
 from loft_hpc.data.registry import open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.measure import Subject, open_subject
+from loft_hpc.jobs.trained_on import TrainedOn, meet
 from loft_hpc.models.resnet import ResidualNetwork
 from loft_hpc.runs.run import Run
 from loft_hpc.training.evaluation import network_for, reestimate_statistics
@@ -39,7 +41,7 @@ def load(path: Path, data_dir: str | None) -> ResidualNetwork:
                 f"{path} was made by an earlier version, without statistics or input of its own, which are made from "
                 f"the data now: {problem}"
             ) from None
-        fed = input_of(subject, NetworkInput.of(data.info))
+        fed, _ = input_of(subject, data.info)
         reestimate_statistics(network, data, subject.evaluation, world)
     network = network.to(memory_format=torch.contiguous_format).eval()
     network.metadata = metadata(subject, fed, None if subject.kind == "ticket" else Run.open(path).accuracy)
@@ -68,19 +70,15 @@ def network_statistics(subject: Subject) -> set[str]:
     return {f"{name}.{statistic}" for name in norms for statistic in ("running_mean", "running_var")}
 
 
-def input_of(subject: Subject, of_data: NetworkInput) -> NetworkInput:
-    """Its input, by its own word or, of earlier versions, that of the data. Raises LoftError where these data are
-    not its own."""
-    network = subject.architecture
-    if (of_data.num_classes, of_data.channels) != (network.num_classes, network.in_channels):
-        difference = "num_classes" if of_data.num_classes != network.num_classes else "channels"
-    else:
-        difference = None if subject.input is None else subject.input.difference(of_data)
+def input_of(subject: Subject, info: DataInfo) -> tuple[NetworkInput, str | None]:
+    """Its input, and what is to be told of the images. Raises LoftError where its classes or its normalisation are not these data's."""
+    note, of_data = meet(TrainedOn.of(subject.path, subject.dense), info), NetworkInput.of(info)
+    difference = None if subject.input is None else subject.input.difference(of_data)
     if difference:
         raise LoftError(
             f"{subject.path} belongs to other images: those of {subject.data.dataset} here differ in {difference}; give its --data-dir"
         )
-    return of_data
+    return of_data, note
 
 
 def metadata(subject: Subject, fed: NetworkInput, accuracy: float | None, folded: bool = False) -> dict[str, Any]:
