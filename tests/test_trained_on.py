@@ -73,16 +73,14 @@ def test_other_classes_are_refused_by_name_everywhere(folder, tmp_path, command)
     assert [path for path in sorted(home.rglob("*")) if ".loft-index" not in path.name and path.name != ".lock"] == [
         path for path in before if ".loft-index" not in path.name and path.name != ".lock"
     ]
-    told = run(*commands(home)[command], "--data-dir", home / "other images")
+    format = "table" if command in ("measure ticket", "compare", "retrain") else "json"
+    told = run(*commands(home)[command], "--data-dir", home / "other images", "--format", format)
     if command not in ACCEPTING:
         refused(told, "not those that", "--data-dir")
         return
-    assert told.code == 0 and "note: " in told.out and "other images" in told.out, told
-    arguments = [home / "again" if part == home / "new" else part for part in commands(home)[command]]
-    fields = json.loads(run(*arguments, "--data-dir", home / "other images", "--format", "json").out)
-    assert "other images of the same classes" in json.dumps(fields)
-    arguments = [home / "third" if part == home / "new" else part for part in commands(home)[command]]
-    assert command == "check" or "note: " not in run(*arguments).out  # a check is one with one folder of images
+    assert told.code == 0 and "other images of the same classes" in told.out and ("note: " in told.out or format == "json"), told
+    if command.startswith("measure"):
+        assert "other images" not in run(*commands(home)[command]).out
 
 
 def test_runs_that_say_no_classes_are_compared_by_number(folder, tmp_path):
@@ -92,7 +90,7 @@ def test_runs_that_say_no_classes_are_compared_by_number(folder, tmp_path):
         description["data"] = None if data is None else json.loads((folder / "run/run.json").read_text())["data"] | data
         (tmp_path / "run/run.json").write_text(json.dumps(description))
         refused(run("measure", tmp_path / "run", *FAST, "--data-dir", folder / "more"), "3 classes in place of 2")
-        assert run("measure", tmp_path / "run", *FAST, "--data-dir", folder / "named otherwise").code == 0
+    assert run("measure", tmp_path / "run", *FAST, "--data-dir", folder / "named otherwise").code == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,7 +126,7 @@ def test_a_transfer_to_the_same_classes_keeps_the_classifier(folder, tmp_path):
     told = run("retrain", ticket, *SHORT, *there, "--new-classifier", "--run", tmp_path / "c", "--format", "json")
     assert "drawn anew" in json.loads(told.out)["notes"][0]
     start = [read_tensors(tmp_path / name / "snapshots/epoch-000.safetensors") for name in "ac"]
-    assert [name for name in start[0] if not torch.equal(start[0][name], start[1][name])] == ["fc.weight", "fc.bias"]
+    assert {name for name in start[0] if not torch.equal(start[0][name], start[1][name])} == {"fc.weight", "fc.bias"}
 
 
 def test_transfers_that_cannot_be(folder, tmp_path):

@@ -37,9 +37,9 @@ def default(settings: type, name: str) -> Any:
 
 
 def fill(settings: type, options: dict[str, Any], **nested: Any) -> Any:
-    """Settings out of the options that carry their fields' names."""
-    known = {field.name for field in fields(settings)}
-    return settings(**{name: value for name, value in (options | nested).items() if name in known})
+    """Settings out of the options that carry their fields' names; a command that has no such option leaves the field its default."""
+    given = options | nested
+    return settings(**{field.name: given[field.name] for field in fields(settings) if field.name in given})
 
 
 def several(*options: Decorator) -> Decorator:

@@ -82,8 +82,8 @@ def prune(path: Path, prunings: Sequence[Pruning], blocks: str, at: str | None, 
         raise LoftError("--name names one ticket: give one --ratio with it", usage=True)
     world, run = around.world, Run.open_to_write(path)
     tickets, source = draw_tickets(run, prunings, blocks, at, around, name)
+    data, results = source.data, []  # opened first: where it is not the run's, nothing is written
     world.on_root(lambda: [ticket.write() for ticket in tickets])
-    data, results = source.data, []
     dense = network_size(run.architecture, None, data.info.image_size)
     for ticket, pruning in zip(tickets, prunings, strict=True):
         network = network_for(ticket.architecture, ticket.hidden_widths, ticket.state, source.device, str(ticket.path))
