@@ -1,10 +1,11 @@
 """What MPI and Horovod on this machine are, found out without starting them in this process."""
 
-import json
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+
+from loft_hpc.jsontext import from_json_text
 
 PATIENCE_SECONDS = 60
 
@@ -39,7 +40,7 @@ def probe(program: str) -> Probe:
         return Probe(None, str(problem).splitlines()[0])
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
-        return Probe(json.loads(lines[-1]))
+        return Probe(from_json_text(lines[-1]))
     return Probe(None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
 
 

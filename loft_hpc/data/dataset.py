@@ -63,7 +63,10 @@ class PixelRange:
         """The same as `DataInfo` says it."""
         if self.low is None:
             return {"mean": None, "std": None}
-        return {"mean": tuple(-low / unit for low, unit in zip(self.low, self.unit, strict=True)), "std": tuple(1 / unit for unit in self.unit)}
+        return {
+            "mean": tuple(-low / unit for low, unit in zip(self.low, self.unit, strict=True)),
+            "std": tuple(1 / unit for unit in self.unit),
+        }
 
     def step(self, images: Tensor, epsilon: float) -> Tensor:
         """How far `epsilon` of the pixel range reaches in network input such as `images`, (C, 1, 1)."""

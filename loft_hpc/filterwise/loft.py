@@ -127,7 +127,8 @@ class Loft(Strategy):
             self._trainer.reset_momentum()
         steps = min(self._settings.local_iterations, self.total_steps - self._step)
         batches = self._world.paced(self._data.train_batches(self._order, self._step, steps))
-        total_loss, diverged_at = summed(self._trainer.steps(zip(batches), self._step), self._step)
+        losses = self._trainer.steps(zip(batches), self._step)
+        total_loss, diverged_at = summed(losses, self._step, self._sub.shared.values, self._sub.partitioned.values)
         start = time.perf_counter()
         self._alike = averages(self._settings, self._round + 1, self._step, self._step + steps, self._looks, self.total_steps)
         self._step += steps

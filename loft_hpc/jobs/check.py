@@ -17,6 +17,7 @@ from loft_hpc.errors import Interrupted, LoftError
 from loft_hpc.files import read_tensors, refuse_links_outside
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import ANYWHERE, flatten, from_json
+from loft_hpc.jsontext import finite_or_none
 from loft_hpc.models.groups import filter_groups, parameters_of
 from loft_hpc.models.resnet import build
 from loft_hpc.runs.run import Run
@@ -238,14 +239,10 @@ def to_fields(checked: Checked) -> dict[str, Any]:
                 "variant": variant.name,
                 "accuracies": list(variant.accuracies),
                 "accuracy_mean": variant.mean,
-                "accuracy_half_width": _number(variant.half_width),
+                "accuracy_half_width": finite_or_none(variant.half_width),
                 "ticket_advantage_points": variant.advantage,
-                "ticket_advantage_half_width_points": _number(variant.advantage_half_width),
+                "ticket_advantage_half_width_points": finite_or_none(variant.advantage_half_width),
             }
             for variant in checked.variants
         ],
     }
-
-
-def _number(value: float) -> float | None:
-    return value if value == value else None

@@ -1,6 +1,5 @@
 """`loft compare`: retrained tickets side by side, whatever found them."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,6 +12,7 @@ from loft_hpc.comm.world import World
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.cost import cost_of
 from loft_hpc.jobs.measure import Measured, MeasureSettings, measure
+from loft_hpc.jsontext import finite_or_none, to_json_text
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets import finders  # noqa: F401 (finders register themselves)
 from loft_hpc.tickets.pruning import FINDERS
@@ -111,7 +111,7 @@ def _recipe(run: Run, ticket: dict[str, Any] | None = None) -> str:
     # early-bird chooses its snapshot itself, and imp its level
     searched = ticket is None or ticket.get("method") == "early-bird"
     drawn_from = None if searched else re.sub(r"level-\d+", "level", str(ticket.get("drawn_from")))
-    return json.dumps([without(run.configuration), kept, drawn_from, run.required("world_size", int)], sort_keys=True)
+    return to_json_text([without(run.configuration), kept, drawn_from, run.required("world_size", int)], sort_keys=True)
 
 
 def _contender(group: Sequence[_Entry], measured: Measured) -> Contender:
@@ -186,6 +186,8 @@ def energy_of(run: Run) -> Energy | None:
         if not isinstance(fields_, dict):
             continue
         try:
+            if any(type(fields_[name]) not in (int, float) for name in ("joules", "seconds")):
+                return None
             legs.append(Energy(float(fields_["joules"]), float(fields_["seconds"]), str(fields_["source"]), bool(fields_["measured"])))
         except (KeyError, TypeError, ValueError):
             return None
@@ -213,9 +215,9 @@ def to_fields(contender: Contender, intensity: float = WORLD_GRAMS_PER_KWH) -> d
         "density": contender.density,
         "runs": len(contender.paths),
         "accuracy_mean": contender.mean,
-        "accuracy_half_width": number(contender.half_width),
-        "against_dense_points": number(contender.against_dense),
-        "against_dense_half_width_points": number(contender.against_dense_half_width),
+        "accuracy_half_width": finite_or_none(contender.half_width),
+        "against_dense_points": finite_or_none(contender.against_dense),
+        "against_dense_half_width_points": finite_or_none(contender.against_dense_half_width),
         **{f"finding_{name}": value for name, value in asdict(contender.cost).items()},
         **{f"retraining_{name}": value for name, value in asdict(contender.retraining).items()},
         "training_joules": None if contender.energy is None else contender.energy.joules,
@@ -237,7 +239,3 @@ def to_fields(contender: Contender, intensity: float = WORLD_GRAMS_PER_KWH) -> d
         "accuracy_corrupted": None if robustness is None or not robustness.corruptions else robustness.corrupted,
         **({} if robustness is None else {f"accuracy_on_{name.replace(' ', '_')}": value for name, value in robustness.shifted.items()}),
     }  # fmt: skip
-
-
-def number(value: float) -> float | None:
-    return value if value == value else None

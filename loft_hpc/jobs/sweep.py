@@ -1,6 +1,5 @@
 """`loft sweep`: a ticket from every snapshot of a run, each retrained (the figure on the poster that shows when tickets emerge)."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from loft_hpc.jobs.prune import draw_tickets, ticket_name
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import ANYWHERE, leaves, to_json
 from loft_hpc.jobs.source import Surroundings
+from loft_hpc.jsontext import to_json_text
 from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
 from loft_hpc.tickets.pruning import Pruning
@@ -103,7 +103,7 @@ def _labels(runs: Sequence[Run]) -> dict[Path, str]:
     """Strategy and workers; where runs of one such name differ in more than their seed, the folder's name, which tells them apart."""
     kinds: dict[str, set[str]] = {}
     for run in runs:
-        kinds.setdefault(run.label, set()).add(json.dumps(run.configuration | {"seed": None}, sort_keys=True))
+        kinds.setdefault(run.label, set()).add(to_json_text(run.configuration | {"seed": None}, sort_keys=True))
     return {run.path: run.label if len(kinds[run.label]) == 1 else f"{run.label} {run.path.name}" for run in runs}
 
 

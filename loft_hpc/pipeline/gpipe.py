@@ -104,7 +104,7 @@ class GPipe(Strategy):
             self._sgd.step(self._step + place)
         # The last stage alone knows the losses; rank 0 shows them.
         self._world.broadcast_(losses, "control", root=self._world.size - 1)()
-        total, diverged_at = summed(losses, self._step)
+        total, diverged_at = summed(losses, self._step, self._buffer.values)
         self._step += steps
         return Advance(self._step, total / steps, self._pipeline.waiting_seconds - waited, diverged_at=diverged_at)
 
