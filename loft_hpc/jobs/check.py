@@ -1,7 +1,7 @@
 """`loft check`: is it a winning ticket? The sanity checks of Frankle et al. (2021, arXiv 2009.08576) and of "Rare Gems" (2202.12002)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +74,10 @@ class Checked:
     variants: Sequence[Variant]
     verdict: str
     why: str
+    pruning_ratio: float | None = None
+    """Share of the units that the ticket removes."""
+    emptied: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Layers of which a mask of weights keeps none, by variant; with the first seed."""
 
 
 class CheckWatcher(Protocol):
@@ -93,7 +97,7 @@ def check(
     """
     ticket = Ticket.read(path)
     world.on_root(lambda: refuse_links_outside(path))
-    retraining = recipe(ticket)
+    retraining, share = recipe(ticket), ticket.pruning_ratio
     variants = variants_of(ticket, retraining.rewind)
     work = [(name, seed) for name in variants for seed in range(settings.seeds)]
     place(retraining.computation.device, retraining.computation.precision, world)
@@ -123,7 +127,9 @@ def check(
         if problems:
             raise LoftError(f"{problems[0]} (what is trained is kept in {path / 'checks' / settings.name})")
     results = {(name, seed): accuracy for part in parts for name, seed, accuracy in part[0]}
-    return judge_ticket({name: [results[name, seed] for seed in range(settings.seeds)] for name in variants}, settings.xi)
+    checked = judge_ticket({name: [results[name, seed] for seed in range(settings.seeds)] for name in variants}, settings.xi)
+    emptied = {name: layers for name, variant in variants.items() if (layers := variant(0).mask.emptied())}
+    return replace(checked, pruning_ratio=share, emptied=emptied)
 
 
 def _refuse_other_recipe(folder: Path, settings: RetrainSettings) -> None:
@@ -234,9 +240,11 @@ def to_fields(checked: Checked) -> dict[str, Any]:
     return {
         "verdict": checked.verdict,
         "why": checked.why,
+        "pruning_ratio": checked.pruning_ratio,
         "variants": [
             {
                 "variant": variant.name,
+                "emptied_layers": list(checked.emptied.get(variant.name, ())),
                 "accuracies": list(variant.accuracies),
                 "accuracy_mean": variant.mean,
                 "accuracy_half_width": finite_or_none(variant.half_width),

@@ -30,7 +30,9 @@ class Contender:
     kind: str
     """`filter`, `layer`, `weight` or `dense`."""
     ratio: float
-    """Pruning ratio; 0 for the dense network."""
+    """Share of the units that is removed; 0 for the dense network."""
+    asked_ratio: float
+    """Pruning ratio that was asked for, of the first run."""
     paths: tuple[Path, ...]
     accuracies: tuple[float, ...]
     """By run, 0 to 1."""
@@ -60,6 +62,7 @@ class _Entry:
     label: str
     kind: str
     ratio: float
+    asked_ratio: float
     run: Run
     dense_accuracy: float
     cost: Cost
@@ -120,7 +123,7 @@ def _contender(group: Sequence[_Entry], measured: Measured) -> Contender:
     mean, half = mean_interval(accuracies)
     against, against_half = mean_interval([100 * (entry.run.accuracy - entry.dense_accuracy) for entry in group])
     return Contender(
-        first.label, first.kind, first.ratio, tuple(entry.run.path for entry in group), accuracies, mean, half, against, against_half,
+        first.label, first.kind, first.ratio, first.asked_ratio, tuple(entry.run.path for entry in group), accuracies, mean, half, against, against_half,
         _mean([entry.cost for entry in group]), _mean([entry.retraining for entry in group]), energy_of(first.run), measured,
     )  # fmt: skip
 
@@ -137,12 +140,14 @@ def _entry(path: Path) -> _Entry:
     kind = run.description.get("kind")
     if kind == "pretrain":
         accuracy = run.accuracy
-        return _Entry(f"{DENSE} ({run.label})", DENSE, 0.0, run, accuracy, cost_of(run), Cost(), _recipe(run))
+        return _Entry(f"{DENSE} ({run.label})", DENSE, 0.0, 0.0, run, accuracy, cost_of(run), Cost(), _recipe(run))
     if kind != "retrain":
         raise LoftError(f"{path} is a {kind} run: give runs of loft retrain, and of loft pretrain for the dense networks")
     ticket = run.required("ticket", dict)
-    ratio = ticket.get("ratio")
-    if type(ratio) not in (int, float) or not 0 < ratio < 1 or not isinstance(ticket.get("method"), str):
+    asked = ticket.get("ratio")
+    ratio = ticket.get("pruning_ratio", asked)  # older tickets say no more than what was asked
+    shares = all(type(share) in (int, float) and 0 <= share < 1 for share in (ratio, asked))
+    if not shares or not isinstance(ticket.get("method"), str):
         raise LoftError(f"{path / 'run.json'} does not say which ticket it retrained: restore it or retrain again")
     try:
         cost = Cost.from_json(ticket.get("cost"))
@@ -152,7 +157,9 @@ def _entry(path: Path) -> _Entry:
     if control is not None:
         label = f"{label}: {str(control)[:32]}"  # of loft check
     accuracy = _dense_accuracy(ticket)
-    return _Entry(label, str(ticket.get("kind", "filter")), float(ratio), run, accuracy, cost, cost_of(run), _recipe(run, ticket))
+    return _Entry(
+        label, str(ticket.get("kind", "filter")), float(ratio), float(asked), run, accuracy, cost, cost_of(run), _recipe(run, ticket)
+    )
 
 
 def label_of(ticket: dict[str, Any]) -> str:
@@ -212,6 +219,7 @@ def to_fields(contender: Contender, intensity: float = WORLD_GRAMS_PER_KWH) -> d
         "method": contender.label,
         "kind": contender.kind,
         "pruning_ratio": contender.ratio,
+        "pruning_ratio_asked": contender.asked_ratio,
         "density": contender.density,
         "runs": len(contender.paths),
         "accuracy_mean": contender.mean,
@@ -227,7 +235,7 @@ def to_fields(contender: Contender, intensity: float = WORLD_GRAMS_PER_KWH) -> d
         "flops": measured.size.flops,
         "flops_share": measured.size.flops / measured.dense.flops,
         "training_memory_bytes": measured.footprint.training_bytes,
-        "training_memory_share": measured.footprint.training_bytes / measured.dense_footprint.training_bytes,
+        "training_memory_share": measured.training_memory_share,
         "latency_median_seconds": measured.latency.median_seconds,
         "throughput_images_per_second": measured.latency.throughput,
         "speedup": measured.dense_latency.median_seconds / measured.latency.median_seconds,

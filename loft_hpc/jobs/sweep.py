@@ -11,7 +11,7 @@ from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
 from loft_hpc.errors import LoftError
 from loft_hpc.files import read_json
-from loft_hpc.jobs.prune import draw_tickets, ticket_name
+from loft_hpc.jobs.prune import draw_tickets, ticket_name, ticket_names
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import ANYWHERE, leaves, to_json
 from loft_hpc.jobs.source import Surroundings
@@ -19,6 +19,7 @@ from loft_hpc.jsontext import to_json_text
 from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
 from loft_hpc.tickets.pruning import Pruning
+from loft_hpc.tickets.source import FINAL
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.watching import Oversight
 
@@ -48,12 +49,16 @@ class Point:
     """As commands name it, for instance epoch:3."""
     epoch: float
     ratio: float
-    """Pruning ratio."""
+    """Pruning ratio that was asked for."""
+    pruning_ratio: float
+    """Share that is removed."""
     accuracy: float
     """Of the ticket after retraining, 0 to 1."""
     dense_accuracy: float
     """Of the run's final network, not pruned."""
     retrained: Path
+    emptied_layers: tuple[str, ...] = ()
+    """Layers of which a ticket of weights keeps none."""
 
 
 class SweepWatcher(Protocol):
@@ -77,6 +82,8 @@ def sweep(
     recipes = {run.path: recipe(run) for run in opened.values()}
     for run in opened.values():
         _agree_on_recipe(run, settings.name, recipes[run.path], world)
+    for run in opened.values():
+        ticket_names(settings.prunings, settings.blocks, FINAL, run.architecture)
     points, taken = [], []
     for number, (run, at, pruning) in enumerate(work, start=1):
         began = time.perf_counter()
@@ -89,7 +96,20 @@ def sweep(
             taken.append(time.perf_counter() - began)
         epoch = run.snapshots.step(snapshot_name(at, "--at")) / run.required("steps_per_epoch", int)
         accuracy = outcome.score.accuracy
-        points.append(Point(run.path, labels[run.path], at, epoch, pruning.ratio, accuracy, run.accuracy, folder))
+        points.append(
+            Point(
+                run.path,
+                labels[run.path],
+                at,
+                epoch,
+                pruning.ratio,
+                ticket.pruning_ratio,
+                accuracy,
+                run.accuracy,
+                folder,
+                tuple(ticket.mask.emptied()),
+            )
+        )
         left = sum(taken) / len(taken) * (len(work) - number) if taken else None
         watcher.point_done(number, len(work), points[-1], left)
     return points
@@ -149,12 +169,16 @@ def _first_difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _ticket(run: Run, pruning: Pruning, blocks: str, at: str, around: Surroundings) -> Ticket:
     """The ticket of a snapshot, drawn unless it is there."""
-    path = run.path / "tickets" / ticket_name(pruning, blocks, at)
+    path = run.path / "tickets" / ticket_name(pruning, blocks, at, run.architecture)
     if not around.world.on_root(path.exists):
         (ticket,), _ = draw_tickets(run, [pruning], blocks, at, around)
         around.world.on_root(ticket.write)
     ticket = Ticket.read(path)
+    amount, asked = pruning.finder.amount, ticket.provenance.get("ratio")
+    same = type(asked) in (int, float) and 0 < asked < 1 and amount(asked, run.architecture) == amount(pruning.ratio, run.architecture)
     for name, value in pruning.to_json().items():
+        if name == "ratio" and same:
+            continue
         if ticket.provenance.get(name, value) != value:  # tickets of earlier versions say less
             raise LoftError(f"{path} was drawn with {name} {ticket.provenance.get(name)}, not {value}: move it away, or repeat that")
     return ticket
