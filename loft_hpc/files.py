@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import stat
@@ -17,6 +16,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from loft_hpc.errors import LoftError
+from loft_hpc.jsontext import from_json_text, to_json_text
 
 JSON_BYTES = 32 << 20
 """No JSON file of ours is larger: the ledgers of 10,000 ranks fit. Reading one costs some twenty times its size in memory at worst."""
@@ -73,7 +73,8 @@ def _umask() -> int:
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(fields, indent=2) + "\n").encode())
+    """Raises LoftError where a number is not finite; what was there stays."""
+    write_atomically(path, (to_json_text(fields, str(path), indent=2) + "\n").encode())
 
 
 def open_plain(path: Path) -> BinaryIO:
@@ -95,9 +96,9 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises LoftError where it is missing, no JSON, or no object."""
+    """The object in a JSON file. Raises LoftError where it is missing, no JSON (NaN and infinity are none), or no object."""
     try:
-        fields = json.loads(read_text(path, JSON_BYTES))
+        fields = from_json_text(read_text(path, JSON_BYTES))
         _refuse_deep(fields)
     except FileNotFoundError:
         raise LoftError(f"there is no {path}") from None
@@ -133,17 +134,23 @@ def refuse_links_outside(folder: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with a SHA-256 over names and contents in its metadata, besides `metadata`, written
-    atomically."""
+    """A safetensors file with a SHA-256 over names and contents in its metadata, besides `metadata`, written atomically.
+
+    Raises LoftError where a number is not finite; what was there stays.
+    """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if strange := not_finite(ready):
+        raise LoftError(f"{path} would hold a {strange} that is not finite: nothing was written")
     write_atomically(path, to_safetensors(ready, metadata={**(metadata or {}), "sha256": checksum(ready)}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `write_tensors` wrote. Raises LoftError where it is missing, torn or altered."""
+    """The tensors of a file that `write_tensors` wrote. Raises LoftError where it is missing, torn or altered, or not finite."""
     tensors, expected = _tensors_and_checksum(path, "restore it or make it anew")
     if expected != checksum(tensors):
         raise LoftError(f"{path} was altered after it was written (its checksum does not fit): restore it or make it anew")
+    if strange := not_finite(tensors):
+        raise LoftError(f"{path} holds a {strange} that is not finite: restore it or make it anew")
     return tensors
 
 
@@ -174,6 +181,11 @@ def _tensors_and_checksum(path: Path, advice: str) -> tuple[dict[str, Tensor], s
             return tensors, (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError, ValueError, AttributeError) as problem:  # AttributeError: a type that this torch does not have
         raise LoftError(f"{path} is truncated or no safetensors file ({str(problem).splitlines()[0]}): {advice}") from None
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Name of the first tensor that holds NaN or infinity; empty where none does."""
+    return next((name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()), "")
 
 
 def _memory_bytes() -> int:

@@ -48,6 +48,15 @@ def test_environment_variables_are_read_in_comm_and_cli_alone():
             assert "environ" not in file.read_text() and "getenv" not in file.read_text(), file
 
 
+def test_json_is_written_in_one_place():
+    """loft_hpc/jsontext.py, which refuses what is not finite."""
+    for file in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        writes = [node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.dump", "json.dumps")]
+        writes += [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "json"]
+        assert not writes or file.name == "jsontext.py", file
+
+
 def test_nothing_is_unpickled_from_files():
     for file in FILES:
         assert not re.search(r"torch\.load|pickle\.load\(|yaml\.load", file.read_text()), file

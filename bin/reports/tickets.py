@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from loft_hpc.jsontext import to_json_text
+
 from page import renew, table
 from trainings import loft, side_by_side, train
 
@@ -110,7 +112,7 @@ def accuracies(records: Sequence[dict[str, Any]]) -> str:
     tickets = [record for record in records if record["kind"] != "dense"]
     rows = []
     for method, kind in dict.fromkeys((record["method"], record["kind"]) for record in tickets):
-        mine = {f"{record['pruning_ratio']:g}": record for record in tickets if (record["method"], record["kind"]) == (method, kind)}
+        mine = {f"{record['pruning_ratio_asked']:g}": record for record in tickets if (record["method"], record["kind"]) == (method, kind)}
         cells = [_cell(mine.get(ratio)) for ratio in RATIOS]
         some = [mine[ratio] for ratio in RATIOS if ratio in mine]
         epochs = " / ".join(f"{record['finding_epochs']:.0f}" for record in some)
@@ -136,7 +138,7 @@ def _cell(record: dict[str, Any] | None) -> str:
 
 def measures(records: Sequence[dict[str, Any]], ratio: str) -> str:
     """What else the tickets of one ratio are."""
-    shown = [record for record in records if record["kind"] == "dense" or f"{record['pruning_ratio']:g}" == ratio]
+    shown = [record for record in records if record["kind"] == "dense" or f"{record['pruning_ratio_asked']:g}" == ratio]
     rows = [
         [
             record["method"], f"{100 * record['density']:.1f} %", f"{100 * record['flops_share']:.1f} %", f"{100 * record['training_memory_share']:.0f} %",
@@ -165,7 +167,7 @@ def main(folder: Path, into: Path | None) -> None:
     comparison.retrain()
     done("tickets retrained")
     records = comparison.compare()
-    (folder / "tickets.json").write_text(json.dumps(records, indent=2))
+    (folder / "tickets.json").write_text(to_json_text(records, indent=2))
     done("compared")
     blocks = {"finders": accuracies(records), "measures": measures(records, RATIOS[1])}
     for name, block in blocks.items():

@@ -31,16 +31,19 @@ class Footprint:
     inference_activations_bytes: int
     """The most that lives at one moment of a forward pass in evaluation mode, run operation by operation as here: outputs in being, and
     what waits to be added at the end of a block. It does not grow with depth."""
-    training_activations_bytes: int
-    """All that is kept of a forward pass for the backward pass, and the output with what cross-entropy keeps (`analysis.memory`)."""
+    training_activations_bytes: int | None
+    """All that is kept of a forward pass for the backward pass, and the output with what cross-entropy keeps (`analysis.memory`); None
+    for a single image, which has no variance to normalise by and is not trained on."""
 
     @property
     def inference_peak_bytes(self) -> int:
         return self.parameters_bytes + self.statistics_bytes + self.inference_activations_bytes
 
     @property
-    def training_bytes(self) -> int:
+    def training_bytes(self) -> int | None:
         """Parameters, as many gradients and momenta, statistics, and activations kept for the backward pass: when that begins."""
+        if self.training_activations_bytes is None:
+            return None
         return 3 * self.parameters_bytes + self.statistics_bytes + self.training_activations_bytes
 
 
@@ -57,6 +60,8 @@ def footprint_of(build: Callable[[], nn.Module], image: tuple[int, int, int], im
         x = torch.empty(images, *image)
         alive = peak_bytes(lambda: network(x), [*network.parameters(), *network.buffers(), x])
         parameters, statistics = storage_bytes(network.parameters()), storage_bytes(network.buffers())
+    if images < 2:
+        return Footprint(images, parameters, statistics, alive, None)
     kept = activations(build, image, images, begins=True, ends=True, autocast=False)
     return Footprint(images, parameters, statistics, alive, kept.network + kept.result)
 

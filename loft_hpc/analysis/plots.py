@@ -158,6 +158,9 @@ class Point(Protocol):
     snapshot: str
     epoch: float
     ratio: float
+    """What was asked for."""
+    pruning_ratio: float
+    """What was removed."""
     accuracy: float
     dense_accuracy: float
 
@@ -182,7 +185,7 @@ def plot_sweep(points: Sequence[Point], path: Path) -> None:
                 axes.errorbar(epochs, means, yerr=halves, color=colour, marker=marker, capsize=3, label=f"{label}, ticket retrained")
                 dense, _ = mean_interval([100 * accuracy for accuracy in {point.run: point.dense_accuracy for point in mine}.values()])
                 axes.axhline(dense, color=colour, linestyle="--", linewidth=1, label=f"{label}, not pruned, not retrained")
-            axes.set_title(f"{100 * ratio:g} % of the filters pruned")
+            axes.set_title(f"{100 * next(point.pruning_ratio for point in points if point.ratio == ratio):.4g} % pruned")
             axes.set_xlabel("epoch of pretraining whose ticket is retrained")
             axes.grid(alpha=0.3)
         panels[0][0].set_ylabel("test accuracy (%)")

@@ -20,6 +20,7 @@ from loft_hpc.cli.options import (
 )
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
+from loft_hpc.cli.pruning import emptied_line
 from loft_hpc.data.registry import DataSettings
 from loft_hpc.jobs.check import CONTROLS, DENSE, TICKET, CheckSettings, check, to_fields
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, ticket_data
@@ -91,11 +92,14 @@ def command(context: click.Context, ticket: str, data_dir: str | None, format: s
         for variant in checked.variants
     ]  # fmt: skip
     header = ["variant", "what it is", "accuracy, %", "the ticket is ahead by, points"]
-    notes = f"{settings.seeds} seeds; 95 % intervals (Student), differences seed by seed"
+    emptied = [emptied_line(f"{ticket} ({name})", layers) for name, layers in checked.emptied.items()]
+    notes = f"{100 * checked.pruning_ratio:.4g} % pruned; {settings.seeds} seeds; 95 % intervals (Student), differences seed by seed"
     if checked.note:
         notes += f"\nnote: {checked.note}"
     job.show(
-        format, {"ticket": ticket, **to_fields(checked)}, f"{table(header, rows)}\n{notes}\nverdict: {checked.verdict} ({checked.why})"
+        format,
+        {"ticket": ticket, **to_fields(checked)},
+        "\n".join([table(header, rows), notes, *emptied, f"verdict: {checked.verdict} ({checked.why})"]),
     )
 
 

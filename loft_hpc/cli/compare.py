@@ -85,7 +85,7 @@ def _row(one: Contender) -> list[str]:
         f"{one.cost.epochs:.1f}",
         f"{one.cost.payload_bytes / 1e9:.2f}",
         f"{fields['speedup']:.2f}x",
-        f"{per_cent(fields['training_memory_share'])} %",
+        "" if fields["training_memory_share"] is None else f"{per_cent(fields['training_memory_share'])} %",
         "" if fields["energy_saved_share"] is None else f"{per_cent(fields['energy_saved_share'])} %",
         per_cent(fields.get("accuracy_fgsm")),
         per_cent(fields.get("accuracy_pgd")),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loft_hpc.comm.launch import announced, announced_rank
+from loft_hpc.jsontext import to_json_text
 from loft_hpc.screen import tell, without_surrogates
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ class Job:
             tell(text)
 
     def show(self, format: str, fields: dict[str, Any], text: str) -> None:
-        """Results, as JSON with stable keys or as the text that a person reads."""
-        self.say(json.dumps(without_surrogates(fields), indent=2) if format == "json" else text)
+        """Results, as JSON with stable keys or as the text that a person reads. Raises LoftError where a number in the JSON is not finite."""
+        self.say(to_json_text(without_surrogates(fields), indent=2) if format == "json" else text)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from loft_hpc.jobs.dryrun import Plan, plan, recipe
 from loft_hpc.jobs.memory import RankMemory
 from loft_hpc.jobs.pretrain import PretrainSettings
 
+MAX_WORKERS = 1_000_000
 dry_run_options = several(
     click.option("--dry-run", is_flag=True, help="Print the resolved recipe, bytes, memory and (--cluster) time; nothing is read or written."),
-    click.option("--workers", type=click.IntRange(1), help="Number of ranks that --dry-run plans for.  [default: those launched]"),
+    click.option("--workers", type=click.IntRange(1, MAX_WORKERS), help="Number of ranks that --dry-run plans for.  [default: those launched]"),
     cluster_option("--dry-run predicts times too."),
 )  # fmt: skip
 

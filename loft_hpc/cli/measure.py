@@ -27,7 +27,7 @@ from loft_hpc.models.scores import CRITERIA
 @click.option("--norm", type=click.Choice(CRITERIA), default="l2", show_default=True, help="What ranks the filters for --distance-to.")
 @click.option(
     "--ratio",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=float,
     default=0.0,
     show_default=True,
     help="Pruning ratio in view of --distance-to: only the filters that it leaves count (0: all).",
@@ -61,6 +61,8 @@ def command(
         other = "belongs to --distance-to" if distance_to is None else "has no meaning with --distance-to"
         option = {"severities": "severity"}.get(name, name.replace("_", "-"))
         raise click.UsageError(f"--{option} {other}")
+    if not 0 <= ratio < 1:  # NaN is neither, which click's own ranges let through
+        raise click.UsageError(f"--ratio {ratio:g} must be 0 or more and below 1")
     settings = measure_settings(options)
     job.join()
     if distance_to is not None:
@@ -85,6 +87,8 @@ def command(
     ]
     notes = [f"FLOPs per image, a multiply-add counting 2; latency: median of {settings.repetitions} passes"]
     notes += [f"note: {result.note}" for result in results if result.note]
+    if settings.latency_batch < 2:
+        notes.append("no memory in training: BatchNorm needs two images, give a larger --latency-batch")
     tables = [table(header, rows), *notes]
     if settings.energy:
         tables += ["", _energy_table(results, settings)]
@@ -140,9 +144,13 @@ def _row(result: Measured) -> list[str]:
         f"{1e3 * mine:.2f}",
         f"{1e3 * dense:.2f}",
         f"{dense / mine:.2f}x",
-        f"{result.footprint.training_bytes / 2**20:.1f} MiB",
-        f"{100 * result.footprint.training_bytes / result.dense_footprint.training_bytes:.1f} %",
+        *_training_memory(result),
     ]
+
+
+def _training_memory(result: Measured) -> list[str]:
+    share = result.training_memory_share
+    return ["none", "none"] if share is None else [f"{result.footprint.training_bytes / 2**20:.1f} MiB", f"{100 * share:.1f} %"]
 
 
 def _fields(result: Measured, settings: MeasureSettings) -> dict:

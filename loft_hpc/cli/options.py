@@ -17,7 +17,17 @@ from loft_hpc.cli.leave_out import leave_out_option
 from loft_hpc.comm.launch import announced_rank
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings
 from loft_hpc.errors import LoftError
-from loft_hpc.training.settings import PRECISIONS, SCHEDULES, Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
+from loft_hpc.training.settings import (
+    MAX_BATCH,
+    PRECISIONS,
+    SCHEDULES,
+    Checkpointing,
+    Computation,
+    Evaluation,
+    Optimisation,
+    Snapshots,
+    Supervision,
+)
 
 Decorator = Callable[[Callable], Callable]
 
@@ -178,7 +188,7 @@ device_option = option(
     Computation, "device", "Where to compute; auto takes a GPU if there is one.", type=click.Choice(["auto", "cpu", "cuda"])
 )
 batch_parts_option = click.option(
-    "--batch-parts", type=click.IntRange(1),
+    "--batch-parts", type=click.IntRange(1, MAX_BATCH),
     help="Compute every batch in so many parts, each normalised by itself, so that the result does not depend on the number of ranks.  "
     "[default: one for each rank]",
 )  # fmt: skip

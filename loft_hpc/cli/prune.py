@@ -11,7 +11,7 @@ from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.options import batch_parts_option, device_option, fill, moved_data_option, refuse_path, supervision_options
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
-from loft_hpc.cli.pruning import finder_options, prunings_of
+from loft_hpc.cli.pruning import emptied_line, finder_options, prunings_of, removed_text
 from loft_hpc.jobs.prune import prune
 from loft_hpc.jobs.source import BLOCK_CHOICES, Surroundings
 from loft_hpc.training.settings import Supervision
@@ -91,6 +91,8 @@ def command(
             {
                 "path": str(result.ticket.path),
                 **result.pruning.to_json(),
+                "pruning_ratio_asked": result.pruning.ratio,
+                **{name: result.ticket.provenance[name] for name in ("pruning_ratio", "removed_units", "prunable_units", "emptied_layers")},
                 "kind": result.ticket.mask.kind,
                 "filters": sum(result.ticket.hidden_widths.values()),
                 "parameters": result.size.parameters,
@@ -104,7 +106,7 @@ def command(
     rows = [
         [
             str(result.ticket.path),
-            f"{100 * result.pruning.ratio:g} %",
+            removed_text(result.ticket.pruning_ratio, result.pruning.ratio),
             f"{result.size.parameters:,}",
             f"{100 * result.size.parameters / result.dense.parameters:.1f} %",
             f"{100 * result.size.flops / result.dense.flops:.1f} %",
@@ -113,8 +115,6 @@ def command(
         ]
         for result in results
     ]
-    job.show(
-        format,
-        fields,
-        table(["ticket", "pruned", "parameters", "of dense", "FLOPs of dense", "accuracy, not retrained", "epochs to find it"], rows),
-    )
+    header = ["ticket", "pruned", "parameters", "of dense", "FLOPs of dense", "accuracy, not retrained", "epochs to find it"]
+    emptied = [emptied_line(str(result.ticket.path), layers) for result in results if (layers := result.ticket.mask.emptied())]
+    job.show(format, fields, "\n".join([table(header, rows), *emptied]))

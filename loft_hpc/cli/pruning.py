@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 import click
@@ -39,6 +39,17 @@ def finder_options(command: Callable) -> Callable:
     return click.option(
         "--method", type=click.Choice(sorted(FINDERS)), default="magnitude", show_default=True, help=f"How a ticket is found. {methods}."
     )(command)
+
+
+def removed_text(removed: float, asked: float) -> str:
+    """The share of the units that is removed, and what was asked for where that is another one."""
+    said, wished = f"{100 * removed:.4g} %", f"{100 * asked:.4g} %"
+    return said if said == wished else f"{said} (asked {wished})"
+
+
+def emptied_line(what: str, layers: Sequence[str]) -> str:
+    """That a ticket of weights keeps none of some layers."""
+    return f"{what} keeps no weight of {len(layers)} layer{'s' * (len(layers) > 1)}: {', '.join(layers)}"
 
 
 def prunings_of(ratios: tuple[float, ...], options: dict[str, Any]) -> list[Pruning]:

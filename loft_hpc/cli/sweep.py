@@ -22,7 +22,8 @@ from loft_hpc.cli.options import (
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.prune import blocks_option, ratio_option
-from loft_hpc.cli.pruning import finder_options, prunings_of
+from loft_hpc.cli.pruning import emptied_line, finder_options, prunings_of, removed_text
+from loft_hpc.data.registry import DataSettings
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings
 from loft_hpc.jobs.sweep import EVERY, Point, SweepSettings, sweep
@@ -42,7 +43,7 @@ class SweepProgress:
         if self._speaks:
             left = f"   about {_duration(seconds_left)} left" if seconds_left and number < points else ""
             tell(
-                f"{number:>{len(str(points))}}/{points}   {point.run.name}   {point.snapshot}, {100 * point.ratio:g} % pruned: "
+                f"{number:>{len(str(points))}}/{points}   {point.run.name}   {point.snapshot}, {removed_text(point.pruning_ratio, point.ratio)} pruned: "
                 f"{100 * point.accuracy:.2f} %{left}"
             )
 
@@ -106,6 +107,7 @@ def command(
     def recipe(run: Run) -> RetrainSettings:
         return fill(RetrainSettings, options | {"seed": retrain_seed}, data=settings_of(run).data.at(data_dir), **parts)
 
+    fill(RetrainSettings, options | {"seed": retrain_seed}, data=DataSettings(), **parts)  # mistakes in the options, before a file is read
     job.join()
     world = job.world
     progress = SweepProgress(job.speaks and format == "table")
@@ -117,9 +119,10 @@ def command(
         job.once(lambda: plot_sweep(points, plot))
     fields = [{**asdict(point), "run": str(point.run), "retrained": str(point.retrained)} for point in points]
     rows = [
-        [str(point.run), point.label, point.snapshot, f"{100 * point.ratio:g} %", f"{100 * point.accuracy:.2f} %",
+        [str(point.run), point.label, point.snapshot, removed_text(point.pruning_ratio, point.ratio), f"{100 * point.accuracy:.2f} %",
          f"{100 * (point.accuracy - point.dense_accuracy):+.2f}"]
         for point in points
     ]  # fmt: skip
     header = ["run", "strategy", "snapshot", "pruned", "retrained", "against the dense network"]
-    job.show(format, {"points": fields}, table(header, rows))
+    emptied = [emptied_line(str(point.retrained), point.emptied_layers) for point in points if point.emptied_layers]
+    job.show(format, {"points": fields}, "\n".join([table(header, rows), *emptied]))

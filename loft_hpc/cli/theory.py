@@ -1,6 +1,5 @@
 """`loft theory`."""
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import click
 from loft_hpc.cli.context import Job, Report
 from loft_hpc.cli.options import default, fill, option, plot_option
 from loft_hpc.jobs.theory import TERMS, Theory, TheorySettings, check_theorem
+from loft_hpc.jsontext import finite_or_none
 
 
 def _several(name: str, help: str) -> Any:
@@ -53,7 +53,7 @@ def command(context: click.Context, plot: Path | None, format: str, **options: A
     report = _report(found, settings)
     fields = {
         **{name: getattr(found, name) for name in ("lambda_min", "lambda_max", "eta", "theorem_eta")},
-        "settings": asdict(settings), "cells": list(report.records), "slopes": [{name: _number(value) for name, value in asdict(slope).items()} for slope in found.slopes],
+        "settings": asdict(settings), "cells": list(report.records), "slopes": [{name: finite_or_none(value) for name, value in asdict(slope).items()} for slope in found.slopes],
         "remarks": found.remarks,
     }  # fmt: skip
     job.show(format, fields, report.printed(format))
@@ -67,7 +67,7 @@ def _report(found: Theory, settings: TheorySettings) -> Report:
             rows.append([str(filters), str(workers), *(f"{mean:.3e} +- {half:.0e}" for mean, half in terms.values())])
             record: dict[str, Any] = {"filters": filters, "workers": workers}
             for term, (mean, half) in terms.items():
-                record |= {term: _number(mean), f"{term}_half_width_95": _number(half)}
+                record |= {term: finite_or_none(mean), f"{term}_half_width_95": finite_or_none(half)}
             records.append(record)
     slopes = [
         f"S = {slope.workers}: {slope.term} goes as m^({slope.exponent:+.3f} +- {slope.half_width:.3f})"
@@ -80,8 +80,3 @@ def _report(found: Theory, settings: TheorySettings) -> Report:
     ]  # fmt: skip
     header = ["m", "S", "||W - W^||^2", "of it spread", "and drift", "eta sum ||f - f^||^2", "left-hand side"]
     return Report(header, rows, records, notes)
-
-
-def _number(value: Any) -> Any:
-    """JSON knows no NaN."""
-    return None if isinstance(value, float) and math.isnan(value) else value

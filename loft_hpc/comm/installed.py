@@ -1,6 +1,5 @@
 """What MPI and Horovod on this machine are, found out without starting them in this process."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loft_hpc.comm.launch import announced, home_of_user
+from loft_hpc.jsontext import from_json_text
 
 PATIENCE_SECONDS = 60
 
@@ -47,7 +47,7 @@ def probe(program: str) -> Probe:
         return Probe(None, str(problem).splitlines()[0])
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
-        return Probe(json.loads(lines[-1]))
+        return Probe(from_json_text(lines[-1]))
     return Probe(None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
 
 

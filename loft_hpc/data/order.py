@@ -35,11 +35,12 @@ class Order:
         smallest = self.batch_size // self.size if self.sharing == "split" else self.batch_size
         if smallest < 2:
             raise LoftError(
-                f"--batch-size {self.batch_size} over {self.size} ranks leaves one with {smallest} images, and normalisation needs 2: raise it"
+                f"--batch-size {self.batch_size} over {self.size} ranks leaves one with {smallest} images, and normalisation needs 2: raise it",
+                usage=True,
             )
         if self.steps_per_epoch < 1:
             share = f"a rank's share of {self.images // self.size} images" if self.sharing == "sharded" else f"{self.images} images"
-            raise LoftError(f"--batch-size {self.batch_size} is larger than {share}: lower it")
+            raise LoftError(f"--batch-size {self.batch_size} is larger than {share}: lower it", usage=True)
 
     @property
     def steps_per_epoch(self) -> int:

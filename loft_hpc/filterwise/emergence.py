@@ -17,6 +17,7 @@ import numpy as np
 from loft_hpc.analysis.distance import global_mask, mask_distance, mean_normalised, score_distance
 from loft_hpc.errors import LoftError
 from loft_hpc.models.scores import BN_SCALE, Scores, by_group
+from loft_hpc.training.settings import MAX_STEPS, refuse_outside
 from loft_hpc.training.watching import Observation
 
 RULES = {"filter-distance": (0.1, 2), "mask-distance": (0.1, 4)}
@@ -44,8 +45,7 @@ class Stopping:
             raise LoftError(f"--stable-ratio {self.stable_ratio:g} must lie between 0 and 1: it is a pruning ratio", usage=True)
         if self.tolerance is not None and not 0 <= self.tolerance <= 1:
             raise LoftError(f"--tolerance {self.tolerance:g} must lie between 0 (nothing changes) and 1 (as if random)", usage=True)
-        if self.patience is not None and self.patience < 1:
-            raise LoftError(f"--patience {self.patience} must be at least 1", usage=True)
+        refuse_outside(self, patience=(1, MAX_STEPS))
 
     @property
     def limits(self) -> tuple[float, int]:

@@ -21,7 +21,7 @@ from loft_hpc.models.scores import filter_scores
 from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.interval import passes
 from loft_hpc.training.schedule import Schedule
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import MAX_STEPS, Optimisation, refuse_outside
 from loft_hpc.training.strategy import Advance, Strategy, bits, everybodys_scores, refuse_other_network, summed
 from loft_hpc.training.trainer import Trainer
 
@@ -49,14 +49,11 @@ class LoftSettings:
     """Give the ranks disjoint shards of every epoch, in place of the whole data in an order of their own."""
 
     def __post_init__(self):
-        if self.local_iterations < 1:
-            raise LoftError(f"--local-iterations {self.local_iterations} must be at least 1", usage=True)
+        refuse_outside(self, local_iterations=(1, MAX_STEPS), average_every=(1, MAX_STEPS))
         if self.partition not in PARTITION_RULES:
             raise LoftError(f"unknown partition rule '{self.partition}': choose one of {', '.join(PARTITION_RULES)}", usage=True)
         if self.momentum_across_rounds not in MOMENTUM_RULES:
             raise LoftError(f"--momentum-across-rounds is one of {', '.join(MOMENTUM_RULES)}", usage=True)
-        if self.average_every < 1:
-            raise LoftError(f"--average-every {self.average_every} must be at least 1", usage=True)
         if self.exchange not in EXCHANGES:
             raise LoftError(f"unknown exchange '{self.exchange}': choose one of {', '.join(EXCHANGES)}", usage=True)
         if self.transport_dtype not in TRANSPORT_DTYPES:
@@ -129,7 +126,8 @@ class Loft(Strategy):
             self._trainer.reset_momentum()
         steps = min(self._settings.local_iterations, self.total_steps - self._step)
         batches = self._world.paced(self._data.train_batches(self._order, self._step, steps))
-        total_loss, diverged_at = summed(self._trainer.steps(zip(batches), self._step), self._step)
+        losses = self._trainer.steps(zip(batches), self._step)
+        total_loss, diverged_at = summed(losses, self._step, self._sub.shared.values, self._sub.partitioned.values)
         start = time.perf_counter()
         self._alike = averages(self._settings, self._round + 1, self._step, self._step + steps, self._looks, self.total_steps)
         self._step += steps

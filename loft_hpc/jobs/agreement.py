@@ -36,5 +36,5 @@ def refuse_disagreement(what: Mapping[str, Any], world: World) -> None:
     for rank, theirs in enumerate(everybody):
         for name in everybody[0].keys() | theirs.keys():
             here, there = everybody[0].get(name), theirs.get(name)
-            if here != there:
+            if here != there and not (here != here and there != there):  # NaN is the same to all who have it
                 raise LoftError(f"rank 0 was started with {name} {here}, rank {rank} with {there}: start all ranks alike", everywhere=True)

@@ -1,7 +1,7 @@
 """`loft check`: is it a winning ticket? The sanity checks of Frankle et al. (2021, arXiv 2009.08576) and of "Rare Gems" (2202.12002)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from loft_hpc.files import read_tensors, refuse_links_outside
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import deciding, from_json, option_of
 from loft_hpc.jobs.trained_on import TrainedOn, meet
+from loft_hpc.jsontext import finite_or_none
 from loft_hpc.models.groups import filter_groups, parameters_of
 from loft_hpc.models.resnet import build
 from loft_hpc.runs.run import Run
@@ -77,6 +78,10 @@ class Checked:
     why: str
     note: str | None = None
     """About the images that everything was retrained on."""
+    pruning_ratio: float | None = None
+    """Share of the units that the ticket removes."""
+    emptied: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Layers of which a mask of weights keeps none, by variant; with the first seed."""
 
 
 class CheckWatcher(Protocol):
@@ -96,7 +101,7 @@ def check(
     """
     ticket = Ticket.read(path)
     world.on_root(lambda: refuse_links_outside(path))
-    retraining = recipe(ticket)
+    retraining, share = recipe(ticket), ticket.pruning_ratio
     variants = variants_of(ticket, retraining.rewind)
     work = [(name, seed) for name in variants for seed in range(settings.seeds)]
     device, _ = place(retraining.computation.device, retraining.computation.precision, world)
@@ -128,7 +133,8 @@ def check(
             raise LoftError(f"{problems[0]} (what is trained is kept in {path / 'checks' / settings.name})")
     results = {(name, seed): accuracy for part in parts for name, seed, accuracy in part[0]}
     checked = judge_ticket({name: [results[name, seed] for seed in range(settings.seeds)] for name in variants}, settings.xi)
-    return replace(checked, note=note)
+    emptied = {name: layers for name, variant in variants.items() if (layers := variant(0).mask.emptied())}
+    return replace(checked, note=note, pruning_ratio=share, emptied=emptied)
 
 
 def _refuse_other_recipe(folder: Path, settings: RetrainSettings) -> None:
@@ -247,19 +253,17 @@ def to_fields(checked: Checked) -> dict[str, Any]:
         "verdict": checked.verdict,
         "why": checked.why,
         "note": checked.note,
+        "pruning_ratio": checked.pruning_ratio,
         "variants": [
             {
                 "variant": variant.name,
+                "emptied_layers": list(checked.emptied.get(variant.name, ())),
                 "accuracies": list(variant.accuracies),
                 "accuracy_mean": variant.mean,
-                "accuracy_half_width": _number(variant.half_width),
+                "accuracy_half_width": finite_or_none(variant.half_width),
                 "ticket_advantage_points": variant.advantage,
-                "ticket_advantage_half_width_points": _number(variant.advantage_half_width),
+                "ticket_advantage_half_width_points": finite_or_none(variant.advantage_half_width),
             }
             for variant in checked.variants
         ],
     }
-
-
-def _number(value: float) -> float | None:
-    return value if value == value else None

@@ -1,6 +1,5 @@
 """`loft compare`: retrained tickets side by side, whatever found them."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,6 +15,7 @@ from loft_hpc.jobs.measure import Measured, MeasureSettings, measure
 from loft_hpc.jobs.pretrain import PretrainSettings
 from loft_hpc.jobs.retrain import RetrainSettings
 from loft_hpc.jobs.settings import deciding, from_json
+from loft_hpc.jsontext import finite_or_none, to_json_text
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets import finders  # noqa: F401 (finders register themselves)
 from loft_hpc.tickets.pruning import FINDERS
@@ -34,7 +34,9 @@ class Contender:
     kind: str
     """`filter`, `layer`, `weight` or `dense`."""
     ratio: float
-    """Pruning ratio; 0 for the dense network."""
+    """Share of the units that is removed; 0 for the dense network."""
+    asked_ratio: float
+    """Pruning ratio that was asked for, of the first run."""
     paths: tuple[Path, ...]
     accuracies: tuple[float, ...]
     """By run, 0 to 1."""
@@ -64,6 +66,7 @@ class _Entry:
     label: str
     kind: str
     ratio: float
+    asked_ratio: float
     run: Run
     dense_accuracy: float
     cost: Cost
@@ -113,7 +116,7 @@ def _recipe(run: Run, ticket: dict[str, Any] | None = None) -> str:
     # early-bird chooses its snapshot itself, and imp its level
     searched = ticket is None or ticket.get("method") == "early-bird"
     drawn_from = None if searched else re.sub(r"level-\d+", "level", str(ticket.get("drawn_from")))
-    return json.dumps([recipe, kept, drawn_from, run.required("world_size", int)], sort_keys=True)
+    return to_json_text([recipe, kept, drawn_from, run.required("world_size", int)], sort_keys=True)
 
 
 def _contender(group: Sequence[_Entry], measured: Measured) -> Contender:
@@ -122,7 +125,7 @@ def _contender(group: Sequence[_Entry], measured: Measured) -> Contender:
     mean, half = mean_interval(accuracies)
     against, against_half = mean_interval([100 * (entry.run.accuracy - entry.dense_accuracy) for entry in group])
     return Contender(
-        first.label, first.kind, first.ratio, tuple(entry.run.path for entry in group), accuracies, mean, half, against, against_half,
+        first.label, first.kind, first.ratio, first.asked_ratio, tuple(entry.run.path for entry in group), accuracies, mean, half, against, against_half,
         _mean([entry.cost for entry in group]), _mean([entry.retraining for entry in group]), energy_of(first.run), measured,
     )  # fmt: skip
 
@@ -139,12 +142,14 @@ def _entry(path: Path) -> _Entry:
     kind = run.description.get("kind")
     if kind == "pretrain":
         accuracy = run.accuracy
-        return _Entry(f"{DENSE} ({run.label})", DENSE, 0.0, run, accuracy, cost_of(run), Cost(), _recipe(run))
+        return _Entry(f"{DENSE} ({run.label})", DENSE, 0.0, 0.0, run, accuracy, cost_of(run), Cost(), _recipe(run))
     if kind != "retrain":
         raise LoftError(f"{path} is a {kind} run: give runs of loft retrain, and of loft pretrain for the dense networks")
     ticket = run.required("ticket", dict)
-    ratio = ticket.get("ratio")
-    if type(ratio) not in (int, float) or not 0 < ratio < 1 or not isinstance(ticket.get("method"), str):
+    asked = ticket.get("ratio")
+    ratio = ticket.get("pruning_ratio", asked)  # older tickets say no more than what was asked
+    shares = all(type(share) in (int, float) and 0 <= share < 1 for share in (ratio, asked))
+    if not shares or not isinstance(ticket.get("method"), str):
         raise LoftError(f"{path / 'run.json'} does not say which ticket it retrained: restore it or retrain again")
     try:
         cost = Cost.from_json(ticket.get("cost"))
@@ -157,7 +162,9 @@ def _entry(path: Path) -> _Entry:
     if run.configuration.get("transfer") and found_on != run.required("data", dict).get("name"):
         label = f"{label}, found on {str(found_on)[:32]}"
     accuracy = _dense_accuracy(run, ticket)
-    return _Entry(label, str(ticket.get("kind", "filter")), float(ratio), run, accuracy, cost, cost_of(run), _recipe(run, ticket))
+    return _Entry(
+        label, str(ticket.get("kind", "filter")), float(ratio), float(asked), run, accuracy, cost, cost_of(run), _recipe(run, ticket)
+    )
 
 
 def label_of(ticket: dict[str, Any]) -> str:
@@ -193,6 +200,8 @@ def energy_of(run: Run) -> Energy | None:
         if not isinstance(fields_, dict):
             continue
         try:
+            if any(type(fields_[name]) not in (int, float) for name in ("joules", "seconds")):
+                return None
             legs.append(Energy(float(fields_["joules"]), float(fields_["seconds"]), str(fields_["source"]), bool(fields_["measured"])))
         except (KeyError, TypeError, ValueError):
             return None
@@ -217,12 +226,13 @@ def to_fields(contender: Contender, intensity: float = WORLD_GRAMS_PER_KWH) -> d
         "method": contender.label,
         "kind": contender.kind,
         "pruning_ratio": contender.ratio,
+        "pruning_ratio_asked": contender.asked_ratio,
         "density": contender.density,
         "runs": len(contender.paths),
         "accuracy_mean": contender.mean,
-        "accuracy_half_width": number(contender.half_width),
-        "against_dense_points": number(contender.against_dense),
-        "against_dense_half_width_points": number(contender.against_dense_half_width),
+        "accuracy_half_width": finite_or_none(contender.half_width),
+        "against_dense_points": finite_or_none(contender.against_dense),
+        "against_dense_half_width_points": finite_or_none(contender.against_dense_half_width),
         **{f"finding_{name}": value for name, value in asdict(contender.cost).items()},
         **{f"retraining_{name}": value for name, value in asdict(contender.retraining).items()},
         "training_joules": None if contender.energy is None else contender.energy.joules,
@@ -232,7 +242,7 @@ def to_fields(contender: Contender, intensity: float = WORLD_GRAMS_PER_KWH) -> d
         "flops": measured.size.flops,
         "flops_share": measured.size.flops / measured.dense.flops,
         "training_memory_bytes": measured.footprint.training_bytes,
-        "training_memory_share": measured.footprint.training_bytes / measured.dense_footprint.training_bytes,
+        "training_memory_share": measured.training_memory_share,
         "latency_median_seconds": measured.latency.median_seconds,
         "throughput_images_per_second": measured.latency.throughput,
         "speedup": measured.dense_latency.median_seconds / measured.latency.median_seconds,
@@ -245,7 +255,3 @@ def to_fields(contender: Contender, intensity: float = WORLD_GRAMS_PER_KWH) -> d
         "accuracy_corrupted": None if robustness is None or not robustness.corruptions else robustness.corrupted,
         **({} if robustness is None else {f"accuracy_on_{name.replace(' ', '_')}": value for name, value in robustness.shifted.items()}),
     }  # fmt: skip
-
-
-def number(value: float) -> float | None:
-    return value if value == value else None

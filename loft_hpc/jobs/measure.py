@@ -1,6 +1,5 @@
 """`loft measure`: what runs and tickets on disk are worth."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,7 +40,9 @@ from loft_hpc.tickets.masks import weight_shapes
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.device import place
 from loft_hpc.training.evaluation import Score, judge, network_for, score
-from loft_hpc.training.settings import Evaluation
+from loft_hpc.training.settings import MAX_IMAGES_AT_ONCE, Evaluation, refuse_outside
+
+MAX_REPETITIONS, MAX_PGD_STEPS = 100_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ class Measured:
     robustness: Robustness | None = None
     note: str | None = None
     """About the images that it was measured on."""
+
+    @property
+    def training_memory_share(self) -> float | None:
+        """Of the dense network's memory in training; None for a batch of one image, which is not trained on."""
+        mine, dense = self.footprint.training_bytes, self.dense_footprint.training_bytes
+        return None if mine is None or dense is None else mine / dense
 
 
 def open_subject(path: Path) -> Subject:
@@ -159,12 +166,10 @@ class MeasureSettings:
     """Grams of CO2 for a kilowatt-hour."""
 
     def __post_init__(self):
-        if self.latency_batch < 1 or self.repetitions < 2:
-            raise LoftError("--latency-batch must be at least 1, and --repetitions at least 2", usage=True)
+        refuse_outside(self, latency_batch=(1, MAX_IMAGES_AT_ONCE), repetitions=(2, MAX_REPETITIONS), pgd_steps=(1, MAX_PGD_STEPS))
+        refuse_outside(self, epsilon=(0, 1), carbon_intensity=(0, 1e6))
         if not set(self.severities) <= set(SEVERITIES) or not self.severities:
             raise LoftError("--severity must lie between 1 and 5", usage=True)
-        if not (math.isfinite(self.carbon_intensity) and self.carbon_intensity >= 0):
-            raise LoftError("--carbon-intensity must be a number from 0 on", usage=True)
         _attacks(self)
 
     @property

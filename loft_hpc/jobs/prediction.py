@@ -25,7 +25,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.exchange import TRANSPORT_DTYPES
 from loft_hpc.filterwise.loft import LoftSettings, averages
 from loft_hpc.filterwise.partition import check_workers, shares
-from loft_hpc.jobs.pretrain import PretrainSettings
+from loft_hpc.jobs.pretrain import PretrainSettings, order_of
 from loft_hpc.models.architecture import Architecture, architecture
 from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.pipeline.stages import cuts, parts
@@ -116,10 +116,7 @@ def epoch_seconds(
 def _loft_course(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int) -> Course:
     groups = partitioned_groups(filter_groups(network), settings.loft.partition)
     check_workers(groups, workers)
-    images = shape.train_images // workers if settings.loft.shard_data else shape.train_images
-    steps = images // settings.batch_size
-    if not steps:
-        raise LoftError(f"a worker's {images} images make no batch of {settings.batch_size}")
+    steps = order_of(settings, shape.train_images, 0, workers).steps_per_epoch
     total = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * steps
     divided = division_of(network, settings.loft.partition)
     averaging = list(averaging_rounds(settings.loft, (total,), (steps, settings.snapshots.every.steps(steps))))
@@ -140,11 +137,7 @@ def _loft_seconds(
 
 
 def _data_parallel_course(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int) -> Course:
-    if settings.batch_size < 2 * workers:
-        raise LoftError(
-            f"--batch-size {settings.batch_size} over {workers} workers leaves one with fewer than the 2 images of normalisation"
-        )
-    return _of_steps(settings, shape, data_parallel_step(division_of(network, "all-blocks").total, workers))
+    return _of_steps(settings, shape, workers, data_parallel_step(division_of(network, "all-blocks").total, workers))
 
 
 def _data_parallel_seconds(
@@ -157,14 +150,12 @@ def _data_parallel_seconds(
 def _pipeline_course(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int) -> Course:
     settings.pipeline.check_batch(settings.batch_size)
     crossing = crossing_elements(network, shape.image_size, cuts(network, settings.pipeline.split, workers, shape.image_size))
-    return _of_steps(settings, shape, pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches))
+    return _of_steps(settings, shape, workers, pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches))
 
 
-def _of_steps(settings: PretrainSettings, shape: DataShape, flows: list[Flow]) -> Course:
+def _of_steps(settings: PretrainSettings, shape: DataShape, workers: int, flows: list[Flow]) -> Course:
     """All ranks together are one worker, and every step exchanges."""
-    steps = shape.train_images // settings.batch_size
-    if not steps:
-        raise LoftError(f"{shape.train_images} images make no batch of {settings.batch_size}")
+    steps = order_of(settings, shape.train_images, 0, workers).steps_per_epoch
     return Course(steps, steps * settings.epochs, [Exchanges("step", steps * settings.epochs, flows)])
 
 

@@ -15,13 +15,25 @@ from loft_hpc.filterwise.loft import Loft, LoftSettings
 from loft_hpc.jobs.settings import from_json
 from loft_hpc.jobs.training_run import destination, prepare, train_into
 from loft_hpc.jobs.weights import starting_parameters
-from loft_hpc.models.architecture import MODEL_NAMES, architecture
+from loft_hpc.models.architecture import MAX_WIDEN, MODEL_NAMES, architecture
 from loft_hpc.models.resnet import build
 from loft_hpc.pipeline.gpipe import GPipe, PipelineSettings
 from loft_hpc.runs.run import Run
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.session import Outcome
-from loft_hpc.training.settings import MAX_EPOCHS, Checkpointing, Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.settings import (
+    MAX_BATCH,
+    MAX_EPOCHS,
+    MAX_ROUNDS,
+    MAX_SEED,
+    MAX_STEPS,
+    Checkpointing,
+    Computation,
+    Evaluation,
+    Optimisation,
+    Snapshots,
+    refuse_outside,
+)
 from loft_hpc.training.strategy import Strategy
 from loft_hpc.training.watching import Oversight
 
@@ -66,8 +78,14 @@ class PretrainSettings:
             raise LoftError("--epochs, --rounds and --batch-size must be at least 1", usage=True)
         if self.epochs > MAX_EPOCHS:
             raise LoftError(f"--epochs must be at most {MAX_EPOCHS:,}", usage=True)
-        if self.seed < 0:
-            raise LoftError("--seed must be 0 or more", usage=True)
+        refuse_outside(self, seed=(0, MAX_SEED), rounds=(1, MAX_ROUNDS), batch_size=(1, MAX_BATCH), widen=(0, MAX_WIDEN))
+        if self.widen is not None:
+            try:
+                architecture(self.model, 1, widen=self.widen)
+            except LoftError as problem:
+                raise LoftError(str(problem), usage=True) from None
+        if (self.rounds or 0) * self.loft.local_iterations > MAX_STEPS:
+            raise LoftError(f"--rounds times --local-iterations must be at most {MAX_STEPS:,} steps", usage=True)
         if self.stopping.stop_when_stable and not self.snapshots.every.count:
             raise LoftError("--stop-when-stable compares snapshots: give --snapshot-every an interval, for instance 1ep", usage=True)
         if self.rounds is not None and self.strategy != "loft":
@@ -92,7 +110,7 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     workplace = prepare(settings, world)
     info, device, precision = workplace.data.info, workplace.device, settings.computation.precision
     network = architecture(settings.model, info.num_classes, info.channels, info.stem, settings.widen)
-    order = _order(settings, info.train_images, world)
+    order = order_of(settings, info.train_images, world.rank, world.size)
     total_steps = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * order.steps_per_epoch
     # Parameters alone: nothing keeps statistics, and every evaluation makes its own.
     initial = {name: tensor.detach() for name, tensor in build(network, seed=seeds.derive(settings.seed, "init")).named_parameters()}
@@ -119,9 +137,9 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     return where.path, outcome
 
 
-def _order(settings: PretrainSettings, train_images: int, world: World) -> Order:
-    """Who sees which images: all ranks of a pipeline are one worker."""
-    rank, size = (0, 1) if settings.strategy == "gpipe" else (world.rank, world.size)
+def order_of(settings: PretrainSettings, train_images: int, rank: int, size: int) -> Order:
+    """Which images rank `rank` of `size` sees; all ranks of a pipeline are one worker. Raises LoftError for batches that cannot be."""
+    rank, size = (0, 1) if settings.strategy == "gpipe" else (rank, size)
     sharing = "split" if settings.strategy == "data-parallel" else "sharded" if settings.loft.shard_data else "replicated"
     return Order(sharing, train_images, settings.batch_size, settings.seed, rank, size)
 

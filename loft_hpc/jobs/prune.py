@@ -11,6 +11,7 @@ from loft_hpc.data.inputs import NetworkInput
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.settings import to_json
 from loft_hpc.jobs.source import RunSource, Surroundings
+from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import parameters_of
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets import finders  # noqa: F401 (finders register themselves)
@@ -43,16 +44,20 @@ def draw_tickets(
     source = RunSource(run, blocks, at or finder.default_at(options), around, name)
     if not finder.removes_filters(options):
         blocks = "all"  # a choice of blocks whose filters may go says nothing of weights and of blocks themselves
-    names = [name or ticket_name(pruning, blocks, source.at) for pruning in prunings]
+    names = [name or own for own in ticket_names(prunings, blocks, source.at, source.architecture)]
     around.world.on_root(lambda: [refuse_existing(run.path / "tickets" / own) for own in names])
     found = finder.find(source, options, [pruning.ratio for pruning in prunings])
     return [_ticket(one, pruning, source, blocks, own) for one, pruning, own in zip(found, prunings, names, strict=True)], source
 
 
 def _ticket(found: Found, pruning: Pruning, source: RunSource, blocks: str, name: str) -> Ticket:
-    settings = source.settings
+    settings, removed = source.settings, found.mask.removed(source.groups)
     provenance = {
         **pruning.to_json(),
+        "pruning_ratio": removed.share,
+        "removed_units": removed.units,
+        "prunable_units": removed.of,
+        "emptied_layers": found.mask.emptied(),
         "blocks": blocks,
         "run": source.run.path.name,
         "drawn_from": found.drawn_from,
@@ -77,27 +82,46 @@ def _with_statistics(found: Found, source: RunSource) -> dict[str, Tensor]:
 
 
 def prune(path: Path, prunings: Sequence[Pruning], blocks: str, at: str | None, name: str | None, around: Surroundings) -> list[Pruned]:
-    """Make a ticket for each pruning, of the network that `at` names. Collective. Nothing is written if one name is taken already."""
+    """Make a ticket for each pruning, of the network that `at` names. Collective.
+
+    Nothing is written if one name is taken already, or if one ticket cannot be evaluated.
+    """
     if name and len(prunings) > 1:
         raise LoftError("--name names one ticket: give one --ratio with it", usage=True)
     world, run = around.world, Run.open_to_write(path)
     tickets, source = draw_tickets(run, prunings, blocks, at, around, name)
-    data, results = source.data, []  # opened first: where it is not the run's, nothing is written
-    world.on_root(lambda: [ticket.write() for ticket in tickets])
+    data, results = source.data, []
     dense = network_size(run.architecture, None, data.info.image_size)
     for ticket, pruning in zip(tickets, prunings, strict=True):
         network = network_for(ticket.architecture, ticket.hidden_widths, ticket.state, source.device, str(ticket.path))
         size = ticket_size(ticket.architecture, ticket.hidden_widths, ticket.mask.weights, data.info.image_size)
         results.append(Pruned(ticket, pruning, size, dense, score(network, data, source.settings.evaluation, world)))
+    world.on_root(lambda: [ticket.write() for ticket in tickets])
     return results
 
 
-def ticket_name(pruning: Pruning, blocks: str, at: str) -> str:
-    """METHOD-DETAILS-RATIO, for instance magnitude-l2-0.8, magnitude-l1-global-0.5, random-seed3-0.8-by8 or magnitude-l2-0.8-epoch-3."""
+def ticket_names(prunings: Sequence[Pruning], blocks: str, at: str, dense: Architecture) -> list[str]:
+    """Their tickets' names. Raises LoftError where two prunings come to the same ticket."""
+    names: dict[str, Pruning] = {}
+    for pruning in prunings:
+        name = ticket_name(pruning, blocks, at, dense)
+        if name in names:
+            raise LoftError(
+                f"--ratio {names[name].ratio} and --ratio {pruning.ratio} come to the same ticket, {name}: give one of them", usage=True
+            )
+        names[name] = pruning
+    return list(names)
+
+
+def ticket_name(pruning: Pruning, blocks: str, at: str, dense: Architecture) -> str:
+    """METHOD-DETAILS-RATIO, for instance magnitude-l2-0.8, magnitude-l1-global-0.5, random-seed3-0.8 or magnitude-l2-0.8-epoch-3.
+
+    Whole blocks are so few that their number stands there: layers-grasp-3of7.
+    """
     finder, options = pruning.finder, pruning.options
     details = [pruning.method, *finder.label(options)]
     if blocks != "all":
         details.append(blocks)
     named = [] if at == finder.default_at(options) else [FINAL if at == FINAL else at.replace(":", "-")]
     multiple = getattr(options, "round_to", 1)
-    return "-".join([*details, f"{pruning.ratio:g}", *([] if multiple == 1 else [f"by{multiple}"]), *named])
+    return "-".join([*details, finder.amount(pruning.ratio, dense), *([] if multiple == 1 else [f"by{multiple}"]), *named])

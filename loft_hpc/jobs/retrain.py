@@ -24,7 +24,17 @@ from loft_hpc.runs.run import Run
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.session import Outcome
-from loft_hpc.training.settings import MAX_EPOCHS, Checkpointing, Computation, Evaluation, Optimisation, Snapshots
+from loft_hpc.training.settings import (
+    MAX_BATCH,
+    MAX_EPOCHS,
+    MAX_SEED,
+    Checkpointing,
+    Computation,
+    Evaluation,
+    Optimisation,
+    Snapshots,
+    refuse_outside,
+)
 from loft_hpc.training.watching import Oversight
 
 LEARNING_RATE = 0.03
@@ -61,8 +71,7 @@ class RetrainSettings:
             raise LoftError(f"--epochs must lie between 1 and {MAX_EPOCHS:,}, and --batch-size be at least 1", usage=True)
         if self.batch_parts is not None and not 1 <= self.batch_parts <= self.batch_size:
             raise LoftError(f"--batch-parts {self.batch_parts} must lie between 1 and --batch-size", usage=True)
-        if self.seed < 0:
-            raise LoftError("--seed must be 0 or more", usage=True)
+        refuse_outside(self, seed=(0, MAX_SEED), batch_size=(1, MAX_BATCH))
 
 
 def snapshot_name(point: str, option: str) -> str:

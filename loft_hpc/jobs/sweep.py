@@ -1,6 +1,5 @@
 """`loft sweep`: a ticket from every snapshot of a run, each retrained (the figure on the poster that shows when tickets emerge)."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,16 @@ from loft_hpc.comm.world import World
 from loft_hpc.data.registry import open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.files import read_json
-from loft_hpc.jobs.prune import draw_tickets, ticket_name
+from loft_hpc.jobs.prune import draw_tickets, ticket_name, ticket_names
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import CHANGEABLE, leaves, option_of, to_json
 from loft_hpc.jobs.source import Surroundings
 from loft_hpc.jobs.trained_on import TrainedOn, meet
+from loft_hpc.jsontext import to_json_text
 from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
 from loft_hpc.tickets.pruning import Pruning
+from loft_hpc.tickets.source import FINAL
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.watching import Oversight
 
@@ -52,12 +53,16 @@ class Point:
     """As commands name it, for instance epoch:3."""
     epoch: float
     ratio: float
-    """Pruning ratio."""
+    """Pruning ratio that was asked for."""
+    pruning_ratio: float
+    """Share that is removed."""
     accuracy: float
     """Of the ticket after retraining, 0 to 1."""
     dense_accuracy: float
     """Of the run's final network, not pruned."""
     retrained: Path
+    emptied_layers: tuple[str, ...] = ()
+    """Layers of which a ticket of weights keeps none."""
 
 
 class SweepWatcher(Protocol):
@@ -83,6 +88,8 @@ def sweep(
         data = open_data(recipes[run.path].data, torch.device("cpu"), world)
         meet(TrainedOn.of(run.path, run.architecture), data.info, continued=True)
         _agree_on_recipe(run, settings.name, recipes[run.path], world)
+    for run in opened.values():
+        ticket_names(settings.prunings, settings.blocks, FINAL, run.architecture)
     points, taken = [], []
     for number, (run, at, pruning) in enumerate(work, start=1):
         began = time.perf_counter()
@@ -97,7 +104,20 @@ def sweep(
             taken.append(time.perf_counter() - began)
         epoch = run.snapshots.step(snapshot_name(at, "--at")) / run.required("steps_per_epoch", int)
         accuracy = outcome.score.accuracy
-        points.append(Point(run.path, labels[run.path], at, epoch, pruning.ratio, accuracy, run.accuracy, folder))
+        points.append(
+            Point(
+                run.path,
+                labels[run.path],
+                at,
+                epoch,
+                pruning.ratio,
+                ticket.pruning_ratio,
+                accuracy,
+                run.accuracy,
+                folder,
+                tuple(ticket.mask.emptied()),
+            )
+        )
         left = sum(taken) / len(taken) * (len(work) - number) if taken else None
         watcher.point_done(number, len(work), points[-1], left)
     return points
@@ -111,7 +131,7 @@ def _labels(runs: Sequence[Run]) -> dict[Path, str]:
     """Strategy and workers; where runs of one such name differ in more than their seed, the folder's name, which tells them apart."""
     kinds: dict[str, set[str]] = {}
     for run in runs:
-        kinds.setdefault(run.label, set()).add(json.dumps(run.configuration | {"seed": None}, sort_keys=True))
+        kinds.setdefault(run.label, set()).add(to_json_text(run.configuration | {"seed": None}, sort_keys=True))
     return {run.path: run.label if len(kinds[run.label]) == 1 else f"{run.label} {run.path.name}" for run in runs}
 
 
@@ -157,12 +177,16 @@ def _first_difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _ticket(run: Run, pruning: Pruning, blocks: str, at: str, around: Surroundings) -> Ticket:
     """The ticket of a snapshot, drawn unless it is there."""
-    path = run.path / "tickets" / ticket_name(pruning, blocks, at)
+    path = run.path / "tickets" / ticket_name(pruning, blocks, at, run.architecture)
     if not around.world.on_root(path.exists):
         (ticket,), _ = draw_tickets(run, [pruning], blocks, at, around)
         around.world.on_root(ticket.write)
     ticket = Ticket.read(path)
+    amount, asked = pruning.finder.amount, ticket.provenance.get("ratio")
+    same = type(asked) in (int, float) and 0 < asked < 1 and amount(asked, run.architecture) == amount(pruning.ratio, run.architecture)
     for name, value in pruning.to_json().items():
+        if name == "ratio" and same:
+            continue
         if ticket.provenance.get(name, value) != value:  # tickets of earlier versions say less
             raise LoftError(f"{path} was drawn with {name} {ticket.provenance.get(name)}, not {value}: move it away, or repeat that")
     return ticket

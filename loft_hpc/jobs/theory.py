@@ -12,9 +12,11 @@ from loft_hpc.analysis.theory import TERMS, Cell, Descent, Problem, Slope, cut_i
 from loft_hpc.comm.world import World
 from loft_hpc.data.embedded import digits
 from loft_hpc.errors import LoftError
+from loft_hpc.training.settings import MAX_SEED, MAX_STEPS, refuse_outside
 
 __all__ = ["TERMS", "Theory", "TheorySettings", "check_theorem"]
 
+MAX_FILTERS, MAX_STARTS = 1 << 24, 100_000
 BOUND_EXPONENT = -0.25
 """Of m, in the first term of the theorem's right-hand side."""
 
@@ -55,8 +57,11 @@ class TheorySettings:
                 raise LoftError(f"--{name} {value} must be a positive number", usage=True)
         if self.patch_size not in (1, 2, 4, 8):
             raise LoftError(f"--patch-size {self.patch_size} does not divide the 8x8 pixels of a digit: give 1, 2, 4 or 8", usage=True)
-        if self.seed < 0:
-            raise LoftError("--seed must be 0 or more", usage=True)
+        refuse_outside(
+            self, seed=(0, MAX_SEED), steps=(1, MAX_STEPS), local_iterations=(1, MAX_STEPS), starts=(1, MAX_STARTS), deals=(1, MAX_STARTS)
+        )
+        if max(self.filters) > MAX_FILTERS:
+            raise LoftError(f"--filters {max(self.filters)} must be at most {MAX_FILTERS:,}", usage=True)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ class Destination:
             return None
         try:
             results, images = self.earlier.description["results"], self.earlier.description["data"]["test_images"]
+            if any(type(results[name]) not in (int, float) for name in ("test_loss", "wall_seconds")):
+                raise TypeError("test_loss and wall_seconds are numbers")
             score = Score(round(self.earlier.accuracy * images), images, float(results["test_loss"]))
             steps = results.get("steps", self.earlier.required("total_steps", int))
             if images < 1:

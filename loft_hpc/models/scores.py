@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loft_hpc.errors import LoftError
 from loft_hpc.models.groups import FilterGroup, State
 
 NORMS = {"l1": 1, "l2": 2}
@@ -53,10 +54,23 @@ def score(state: State, group: FilterGroup, criterion: str) -> Tensor:
 
 
 def by_group(scores: Scores, criterion: str) -> dict[str, np.ndarray]:
-    """The scores by one criterion, under the groups' names, in forward order: files keep them in another one."""
+    """The scores by one criterion, under the groups' names, in forward order: files keep them in another one.
+
+    Raises LoftError where one is not finite: nothing is ranked then.
+    """
     prefix = f"{criterion}/"
+    refuse_not_finite({name: tensor for name, tensor in scores.items() if name.startswith(prefix)})
     found = {name.removeprefix(prefix): tensor.numpy() for name, tensor in scores.items() if name.startswith(prefix)}
     return dict(sorted(found.items(), key=lambda item: [int(number) for number in re.findall(r"\d{1,9}", item[0])]))
+
+
+def refuse_not_finite(scores: Mapping[str, Tensor | np.ndarray]) -> None:
+    """Raises LoftError, naming the first, where scores are not finite: they rank nothing, and a sort would hide it."""
+    for name, values in scores.items():
+        if not np.isfinite(np.asarray(values)).all():
+            raise LoftError(
+                f"the scores {name} are not finite, so nothing can be ranked by them: the network's weights are not finite or too large"
+            )
 
 
 def removed_count(filters: int, ratio: float) -> int:

@@ -20,7 +20,7 @@ from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.schedule import Schedule
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import MAX_BATCH, Optimisation, refuse_outside
 from loft_hpc.training.strategy import Advance, Strategy, everybodys_scores, refuse_other_network, summed
 from loft_hpc.training.trainer import FlatSGD, stop_statistics
 
@@ -39,8 +39,7 @@ class PipelineSettings:
     """Keep a micro-batch's input alone and compute its activations again for the backward pass: less memory, a third more work."""
 
     def __post_init__(self):
-        if self.micro_batches < 1:
-            raise LoftError(f"--micro-batches {self.micro_batches} must be at least 1", usage=True)
+        refuse_outside(self, micro_batches=(1, MAX_BATCH))
         check_split(self.split)
 
     def check_batch(self, batch_size: int) -> None:
@@ -106,7 +105,7 @@ class GPipe(Strategy):
             self._sgd.step(self._step + place)
         # The last stage alone knows the losses; rank 0 shows them.
         self._world.broadcast_(losses, "control", root=self._world.size - 1)()
-        total, diverged_at = summed(losses, self._step)
+        total, diverged_at = summed(losses, self._step, self._buffer.values)
         self._step += steps
         return Advance(self._step, total / steps, self._pipeline.waiting_seconds - waited, diverged_at=diverged_at)
 

@@ -1,13 +1,13 @@
 """One job at a time writes a run."""
 
 import fcntl
-import json
 import os
 import platform
 from datetime import datetime
 from pathlib import Path
 
 from loft_hpc.errors import LoftError
+from loft_hpc.jsontext import from_json_text, to_json_text
 
 NAME = ".lock"
 
@@ -41,7 +41,7 @@ class RunLock:
             raise LoftError(f"{self._path} cannot be locked ({problem.strerror}): name a --run on a file system that knows flock") from None
         owner = {"host": platform.node(), "process": os.getpid(), "since": datetime.now().astimezone().isoformat(timespec="seconds")}
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(owner).encode(), 0)
+        os.pwrite(handle, to_json_text(owner).encode(), 0)
         self._handle = handle
 
     def release(self) -> None:
@@ -53,7 +53,7 @@ class RunLock:
 
 def _told(owner: bytes) -> str:
     try:
-        fields = json.loads(owner)
+        fields = from_json_text(owner)
         return f"process {fields['process']} on {fields['host']} since {fields['since']}"
     except (ValueError, KeyError, TypeError):
         return "another job"

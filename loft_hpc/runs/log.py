@@ -1,6 +1,5 @@
 """A run's log: a line of JSON for each event, of which each says its step."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from loft_hpc.errors import LoftError
 from loft_hpc.files import open_plain, write_atomically
+from loft_hpc.jsontext import from_json_text, to_json_text
 
 MAX_STEPS = 10**9
 _LINE_BYTES = 1 << 20
@@ -21,11 +21,13 @@ class EventLog:
         self._path = path
 
     def append(self, event: Mapping[str, Any]) -> None:
+        """Raises LoftError where a number is not finite."""
+        line = to_json_text(event, str(self._path))
         with open(self._path, "a", opener=_open_no_link) as file:
-            file.write(json.dumps(event) + "\n")
+            file.write(line + "\n")
 
     def lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """The whole lines, and what they say; what was torn when the machine went down is passed over."""
+        """The whole lines, and what they say; what was torn when the machine went down is passed over, and so are NaN and infinity."""
         if not self._path.exists():
             return
         try:
@@ -47,7 +49,7 @@ class EventLog:
 def _event(line: bytes) -> dict[str, Any] | None:
     """What a line says; None for one that is torn or nobody's event at a step."""
     try:
-        event = json.loads(line) if line.endswith(b"\n") else None
+        event = from_json_text(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and type(event.get("step")) is int and 0 <= event["step"] <= MAX_STEPS else None

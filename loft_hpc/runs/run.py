@@ -157,8 +157,9 @@ class Run:
             raise
 
     def _update(self, **fields: Any) -> None:
-        self.description.update(fields)
-        write_json(self.path / "run.json", self.description)
+        description = self.description | fields
+        write_json(self.path / "run.json", description)
+        self.description = description  # not before: what cannot be written must not stand in the way of saying so
 
     # -- what a run says about itself -------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from loft_hpc.errors import LoftError
-from loft_hpc.models.scores import removed_count
+from loft_hpc.models.scores import refuse_not_finite, removed_count
 
 Layers = Mapping[str, np.ndarray]
 ROUNDS_TO_NOTHING = 0.5
@@ -55,7 +55,8 @@ def _too_small(ratio: float, name: str, why: str, smallest: float) -> LoftError:
 
 
 def largest(scores: np.ndarray, count: int) -> np.ndarray:
-    """Sorted indices of the `count` largest."""
+    """Sorted indices of the `count` largest. Raises LoftError where a score is not finite."""
+    refuse_not_finite({"of a layer": scores})
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
@@ -86,6 +87,7 @@ def largest_of_all(layers: Layers, ratio: float, floor: float, at_least: int, wh
 
     `floor` is the share of its units that every layer keeps in any case, rounded up, and `at_least` their least number.
     """
+    refuse_not_finite(layers)
     sizes = {name: len(scores) for name, scores in layers.items()}
     weakest = min(layers, key=lambda name: float(layers[name].max()))
     keep = kept_of_all(sizes, ratio, what, weakest)

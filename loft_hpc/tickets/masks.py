@@ -5,7 +5,7 @@ A mask of filters or blocks makes a physically smaller network; a mask of weight
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +20,20 @@ from loft_hpc.models.resnet import ResidualNetwork
 
 Scores = Mapping[str, Tensor]
 """What units were ranked by, larger being better, laid out as `Mask.tensors`."""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """How much a mask removes, in its own units."""
+
+    units: int
+    of: int
+    """Units that may go: the filters of prunable blocks, the blocks that keep their shape, the weights of convolutions and classifier."""
+
+    @property
+    def share(self) -> float:
+        """The pruning ratio that this comes to."""
+        return self.units / self.of
 
 
 class Mask(ABC):
@@ -53,6 +67,14 @@ class Mask(ABC):
     def weights(self) -> dict[str, Tensor] | None:
         """0/1 over the weights that training must hold at zero, by name; None where the network is smaller instead."""
         return None
+
+    @abstractmethod
+    def removed(self, groups: Sequence[FilterGroup]) -> Removed:
+        """How many units are gone; `groups`: those whose filters might have gone."""
+
+    def emptied(self) -> list[str]:
+        """Layers that keep none of their weights."""
+        return []
 
     @classmethod
     @abstractmethod
@@ -125,6 +147,10 @@ class FilterMask(Mask):
             group.name: torch.zeros(group.width, dtype=torch.uint8).index_fill(0, self.selection[group.name], 1) for group in self._groups
         }
 
+    def removed(self, groups: Sequence[FilterGroup]) -> Removed:
+        widths = sum(group.width for group in groups)
+        return Removed(widths - sum(len(self.selection[group.name]) for group in groups), widths)
+
     def carve(self, state: State) -> dict[str, Tensor]:
         refuse_strange(state, self.dense)
         return slice_state(state, self.selection, self._groups)
@@ -175,6 +201,9 @@ class BlockMask(Mask):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"blocks": torch.tensor([name in self.kept for name in self._names], dtype=torch.uint8)}
+
+    def removed(self, groups: Sequence[FilterGroup]) -> Removed:
+        return Removed(len(self._names) - len(self.kept), sum(not shape.changes_shape for shape in self.dense.block_shapes()))
 
     def carve(self, state: State) -> dict[str, Tensor]:
         refuse_strange(state, self.dense)
@@ -253,8 +282,10 @@ class WeightMask(Mask):
     def total(self) -> int:
         return sum(mask.numel() for mask in self.kept.values())
 
+    def removed(self, groups: Sequence[FilterGroup]) -> Removed:
+        return Removed(self.total - self.count, self.total)
+
     def emptied(self) -> list[str]:
-        """Layers that keep no weight at all."""
         return [name for name, mask in self.kept.items() if not mask.any()]
 
     @classmethod

@@ -8,10 +8,11 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from loft_hpc.errors import LoftError
-from loft_hpc.models.architecture import MAX_CHANNELS
+from loft_hpc.models.architecture import MAX_CHANNELS, Architecture
 from loft_hpc.tickets.masks import Mask, Scores
 from loft_hpc.tickets.source import FINAL, Source
 from loft_hpc.tickets.ticket import Cost
+from loft_hpc.training.settings import MAX_SEED, refuse_outside
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Finder:
     """The network to draw from if the user names none."""
     label: Callable[[Any], Sequence[str]] = lambda options: ()
     """What tells tickets of this method apart by name, besides the ratio."""
+    amount: Callable[[float, Architecture], str] = lambda ratio, dense: f"{ratio:g}"
+    """How much is removed, as tickets are named by it: the ratio, or what that comes to where it is coarse."""
     removes_filters: Callable[[Any], bool] = lambda options: getattr(options, "unit", "filters") == "filters"
     """Whether its tickets are of filters, so that a choice of blocks means something."""
 
@@ -79,8 +82,8 @@ def check_choices(options: Any) -> None:
         value, choices = getattr(options, known.name), known.metadata.get("choices")
         if choices and value not in choices:
             raise LoftError(f"unknown {known.name.replace('_', ' ')} '{value}': choose one of {', '.join(choices)}", usage=True)
-    if getattr(options, "seed", 0) < 0:
-        raise LoftError(f"--seed {options.seed} must be 0 or more", usage=True)
+    if hasattr(options, "seed"):
+        refuse_outside(options, seed=(0, MAX_SEED))
     multiple = getattr(options, "round_to", 1)
     if not 1 <= multiple <= MAX_CHANNELS:
         raise LoftError(f"--round-to {multiple} must lie between 1 and {MAX_CHANNELS}", usage=True)

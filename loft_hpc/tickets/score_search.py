@@ -115,9 +115,9 @@ class ScoreSearch(Strategy):
         for parts in self._world.paced(self._data.train_parts(self._orders, first, end - first)):
             losses.append(self._train(parts))
             self._step += 1
-        total, diverged_at = summed(torch.stack(losses), first)
+        total, diverged_at = summed(torch.stack(losses), first, self._scores, self._momentum)
         for step, count in self._rule.freezings:
-            if step == self._step:
+            if step == self._step and diverged_at is None:  # what is not finite is not ranked; the session ends here
                 self._freeze(count)
         return Advance(self._step, total * self._world.size / len(losses), self._exchange_seconds, diverged_at=diverged_at)
 

@@ -113,6 +113,17 @@ class Ticket:
     def cost(self) -> Cost:
         return Cost.from_json(self.provenance.get("cost"))
 
+    @property
+    def pruning_ratio(self) -> float:
+        """Share of the units that is removed; `ratio` in the provenance is what was asked for, and all that older tickets say.
+
+        Raises LoftError where ticket.json says no share.
+        """
+        share = self.provenance.get("pruning_ratio", self.provenance.get("ratio"))
+        if type(share) not in (int, float) or not 0 <= share < 1:
+            raise LoftError(f"{self.path / 'ticket.json'} does not say what share was removed: restore it or prune again")
+        return share
+
     def carve(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This ticket's part of another state of the dense network, for instance its initialisation."""
         return self.mask.carve(full)

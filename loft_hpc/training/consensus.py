@@ -10,6 +10,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.training.strategy import Strategy, bits
 
 _NEVER = 2**62
+_REMEDY = "start another run with a lower --lr (the checkpoints before are whole)"
 
 
 class Consensus:
@@ -21,8 +22,9 @@ class Consensus:
     def reach(self, told: bool, diverged_at: int | None) -> bool:
         """Whether any rank was `told` to end. Collective.
 
-        Raises LoftError, on all ranks, where a rank's loss is no finite number any more (`diverged_at`, the step), or where what should
-        be alike on all ranks is not.
+        Raises LoftError, on all ranks, where a rank's loss or parameters are not finite any more (`diverged_at`, the step), or where what
+        should be alike on all ranks is not. An exchange may still make infinity of large numbers (the sum of changes, bfloat16): the next
+        loss tells, or else the evaluation or checkpoint that comes first.
         """
         size, rank = self._world.size, self._world.rank
         diverged = _NEVER if diverged_at is None else diverged_at * size + rank
@@ -30,7 +32,7 @@ class Consensus:
         first_told, first_diverged, lowest, minus_highest = self._world.smallest([-told, diverged, digest, -digest])
         if first_diverged < _NEVER:
             step, where = divmod(first_diverged, size)
-            raise LoftError(f"the loss of rank {where} was no finite number at step {step}: lower --lr (earlier checkpoints are whole)")
+            raise LoftError(f"what rank {where} learnt, its loss or its parameters, is not finite any more at step {step}: {_REMEDY}")
         self._compare(digest, lowest, minus_highest)
         return bool(first_told)
 
@@ -43,7 +45,7 @@ class Consensus:
         digest = sum(bits(tensor) for tensor in tensors.values()) % _NEVER
         all_finite, lowest, minus_highest = self._world.smallest([finite, digest, -digest])
         if not all_finite:
-            raise LoftError("the network's parameters are no finite numbers any more: lower --lr (earlier checkpoints are whole)")
+            raise LoftError(f"the network's parameters, or their momentum, are not finite any more: {_REMEDY}")
         self._compare(digest, lowest, minus_highest)
 
     def _compare(self, digest: int, lowest: int, minus_highest: int) -> None:

@@ -65,7 +65,7 @@ class DataParallel(Strategy):
             global_batch=self._batch,
             combine_gradients=self._sum_gradients,
         )
-        total, diverged_at = summed(losses, self._step)
+        total, diverged_at = summed(losses, self._step, self._buffer.values)
         self._step += steps
         # A rank's loss is divided by the global batch: times the ranks it is a mean again.
         return Advance(self._step, total * self._world.size / steps, self._exchange_seconds, diverged_at=diverged_at)

@@ -1,5 +1,6 @@
 """Judging a full network: normalisation statistics first, then accuracy and loss over the test images, all ranks taking part."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -58,10 +59,11 @@ def network_for(
 
 @torch.no_grad()
 def reestimate_statistics(network: nn.Module, data: DataSet, settings: Evaluation, world: World) -> None:
-    """Set every normalisation's running mean and variance to their averages over a fixed list of training batches.
+    """Set every normalisation's running mean and variance to their averages over a fixed list of training batches. Collective.
 
     Batch b of `settings.statistics_batches` is seen by rank b % size; the ranks' sums meet in one all-reduce, so all ranks get
-    the same statistics. Each batch is normalised by its own statistics on the way, as in training.
+    the same statistics. Each batch is normalised by its own statistics on the way, as in training. Raises LoftError, on all ranks, where
+    they are not finite: numbers that are may overflow on their way through the network.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     tracked = [(norm, norm.momentum, norm.track_running_stats) for norm in norms]
@@ -77,6 +79,8 @@ def reestimate_statistics(network: nn.Module, data: DataSet, settings: Evaluatio
     sums = torch.cat([tensor * seen for tensor in statistics] + [torch.full((1,), float(seen), device=statistics[0].device)])
     world.all_reduce_(sums, "control")()
     averages = sums[:-1] / sums[-1]
+    if not averages.isfinite().all():
+        raise _not_finite("normalisation statistics are")
     for tensor, average in zip(statistics, averages.split([len(tensor) for tensor in statistics]), strict=True):
         tensor.copy_(average)
     for norm, momentum, tracking in tracked:
@@ -86,7 +90,7 @@ def reestimate_statistics(network: nn.Module, data: DataSet, settings: Evaluatio
 
 @torch.no_grad()
 def score(network: nn.Module, data: DataSet, settings: Evaluation, world: World) -> Score:
-    """Accuracy and loss over all test images, each seen by one rank."""
+    """Accuracy and loss over all test images, each seen by one rank. Collective. Raises LoftError, on all ranks, where the loss is not finite."""
     device = next(network.parameters()).device
     network.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -96,7 +100,16 @@ def score(network: nn.Module, data: DataSet, settings: Evaluation, world: World)
         sums += torch.stack([(output.argmax(1) == labels).sum().double(), torch.tensor(float(len(labels))).to(loss.device), loss.double()])
     world.all_reduce_(sums, "control")()
     correct, images, loss = sums.tolist()
+    if not math.isfinite(loss):
+        raise _not_finite("loss over the test images is")
     return Score(int(correct), int(images), loss / images)
+
+
+def _not_finite(what: str) -> LoftError:
+    return LoftError(
+        f"the network's {what} not finite, so its accuracy would mean nothing: its weights are too large, train with a lower --lr",
+        everywhere=True,
+    )
 
 
 def judge(network: nn.Module, data: DataSet, settings: Evaluation, world: World) -> Score:

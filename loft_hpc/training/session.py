@@ -15,6 +15,7 @@ from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.errors import Interrupted
 from loft_hpc.models.architecture import Architecture
+from loft_hpc.models.scores import refuse_not_finite
 from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.runs.run import Run
 from loft_hpc.training.calendar import Calendar
@@ -163,6 +164,7 @@ class Session:
         The first and the last network are recorded in full in any case: to rewind to, and to draw tickets from.
         """
         scores, stop = self._strategy.filter_scores(), False
+        refuse_not_finite(scores)
         if self._run:
             self._run.snapshots.write_scores(self._step, scores)
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from loft_hpc.errors import LoftError
 from loft_hpc.training.interval import Interval
@@ -11,7 +12,28 @@ PRECISIONS = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_EPOCHS = 1_000_000
 MAX_IMAGES_AT_ONCE = 10_000
+MAX_BATCH = 1_000_000_000
+"""Images of a step, of all ranks: more than any data set has."""
 MAX_STATISTICS_BATCHES = 100_000
+MAX_STALL_SECONDS = 1e7
+"""A thread waits no longer than 292 years, and no job runs for a third of one."""
+
+
+MAX_STEPS = 1_000_000_000
+"""Of one training, of a worker: what run.json and its logs count up to."""
+MAX_FLOAT32 = 3e38
+"""torch takes no learning rate that its float32 cannot hold."""
+MAX_ROUNDS = 10_000_000
+MAX_SEED = 2**63 - 1
+"""What a file may say, and so the largest that a run can be gone on with."""
+
+
+def refuse_outside(settings: Any, **bounds: tuple[float, float]) -> None:
+    """For a `__post_init__`. Raises LoftError, naming the option, unless each of these fields is None or a number between its two bounds."""
+    for name, (least, most) in bounds.items():
+        value = getattr(settings, name)
+        if value is not None and not least <= value <= most:  # NaN is not
+            raise LoftError(f"--{name.replace('_', '-')} {value:g} must lie between {least:,} and {most:,}", usage=True)
 
 
 @dataclass(frozen=True)
@@ -33,16 +55,15 @@ class Optimisation:
     """Epochs after which the schedule began anew, because a finished training was extended there."""
 
     def __post_init__(self):
-        for name in ("lr", "momentum", "weight_decay", "decay"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise LoftError(f"--{name.replace('_', '-')} {value} must be a finite number from 0 on", usage=True)
+        refuse_outside(self, lr=(0, MAX_FLOAT32), momentum=(0, 1), weight_decay=(0, MAX_FLOAT32), decay=(0, MAX_FLOAT32))
         if self.momentum >= 1:
             raise LoftError(f"--momentum {self.momentum} must lie below 1", usage=True)
         if self.schedule not in SCHEDULES:
             raise LoftError(f"unknown schedule '{self.schedule}': choose one of {', '.join(SCHEDULES)}", usage=True)
         if any(not 0 < fraction < 1 for fraction in self.milestones):
             raise LoftError("milestones are fractions of the training, between 0 and 1", usage=True)
+        if math.log10(max(self.lr, 1)) + len(self.milestones) * math.log10(max(self.decay, 1)) > math.log10(MAX_FLOAT32):
+            raise LoftError(f"--decay {self.decay:g} raises the learning rate beyond {MAX_FLOAT32:g}: give a smaller one", usage=True)
         Interval.parse(self.warmup, "--warmup")
         if any(not 0 < epoch <= MAX_EPOCHS for epoch in self.restarts) or list(self.restarts) != sorted(set(self.restarts)):
             raise LoftError("the schedule of a training begins anew after ascending numbers of epochs", usage=True)
@@ -93,8 +114,7 @@ class Checkpointing:
 
     def __post_init__(self):
         Interval.parse(self.checkpoint_every, "--checkpoint-every")
-        if self.keep_checkpoints < 1:
-            raise LoftError("--keep-checkpoints must be at least 1", usage=True)
+        refuse_outside(self, keep_checkpoints=(1, MAX_STEPS))
 
     @property
     def every(self) -> Interval:
@@ -111,8 +131,7 @@ class Supervision:
     """After every round (or few steps), compare a hash of what all ranks should hold alike."""
 
     def __post_init__(self):
-        if not math.isfinite(self.stall_seconds) or self.stall_seconds < 0:
-            raise LoftError(f"--stall-seconds {self.stall_seconds} must be a number from 0 on", usage=True)
+        refuse_outside(self, stall_seconds=(0, MAX_STALL_SECONDS))
 
 
 @dataclass(frozen=True)
@@ -135,6 +154,7 @@ class Evaluation:
             ("evaluation_batch", MAX_IMAGES_AT_ONCE),
             ("statistics_batch", MAX_IMAGES_AT_ONCE),
             ("statistics_batches", MAX_STATISTICS_BATCHES),
+            ("evaluate_every", MAX_EPOCHS),
         ):
             if getattr(self, name) > most:
                 raise LoftError(f"--{name.replace('_', '-')} must be at most {most:,}", usage=True)

@@ -29,13 +29,20 @@ class Advance:
     rounds: int | None = None
     """Rounds done so far, where the strategy has rounds."""
     diverged_at: int | None = None
-    """The first step (from 1) of this stretch whose loss was no finite number; None where all were."""
+    """The first step (from 1) of this stretch whose loss was not a finite number, or the last where what it left was not; None where all is."""
 
 
-def summed(losses: Tensor, first_step: int) -> tuple[float, int | None]:
-    """Sum of the (steps,) losses of the steps from `first_step` (counted from 0) on, and `Advance.diverged_at` for them."""
-    values = losses.tolist()  # one wait for the device
-    return sum(values), next((step for step, loss in enumerate(values, start=first_step + 1) if not math.isfinite(loss)), None)
+def summed(losses: Tensor, first_step: int, *held: Tensor) -> tuple[float, int | None]:
+    """Sum of the (steps,) losses of the steps from `first_step` (counted from 0) on, and `Advance.diverged_at` for them.
+
+    `held`: what the last update left. A loss tells of the updates before it, but not of its own; so the extremes of what is held, which are
+    NaN where any of it is, come along with the losses: one more pass over memory, and no more waiting for the device.
+    """
+    extremes = [extreme for tensor in held if tensor.numel() for extreme in torch.aminmax(tensor.detach())]
+    values = torch.cat([losses, torch.stack(extremes)]).tolist() if extremes else losses.tolist()  # one wait for the device
+    steps = len(losses)
+    wrong = next((place for place, value in enumerate(values) if not math.isfinite(value)), None)
+    return sum(values[:steps]), None if wrong is None else first_step + min(wrong + 1, steps)
 
 
 def bits(tensor: Tensor) -> int:

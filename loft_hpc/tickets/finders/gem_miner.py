@@ -15,6 +15,7 @@ from loft_hpc.tickets.masks import WeightMask, weight_shapes
 from loft_hpc.tickets.pruning import Found, check_choices, option, register
 from loft_hpc.tickets.score_search import ScoreSearch, SearchRule, freezings, searched_tensors, signed_constants
 from loft_hpc.tickets.source import INITIAL, Recipe, Source, Workshop
+from loft_hpc.training.settings import MAX_EPOCHS, MAX_FLOAT32, refuse_outside
 
 PAPER_REGULARISERS = ((0.0144, 1e-4), (0.0372, 3e-5), (0.5, 1e-8))
 """(density, lambda) of ResNet-20 on CIFAR-10 (facts: tickets.md)."""
@@ -34,8 +35,8 @@ class SearchOptions:
         check_choices(self)
         if self.search_epochs is not None and not 1 <= self.search_epochs <= 1_000_000:
             raise LoftError("--search-epochs must lie between 1 and 1,000,000", usage=True)
-        if self.search_lr is not None and not (math.isfinite(self.search_lr) and self.search_lr > 0):
-            raise LoftError(f"--search-lr {self.search_lr} must be a number above 0", usage=True)
+        if self.search_lr is not None and not 0 < self.search_lr <= MAX_FLOAT32:
+            raise LoftError(f"--search-lr {self.search_lr} must be a number above 0, and at most {MAX_FLOAT32:g}", usage=True)
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,7 @@ class GemMinerOptions(ScoreOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.freeze_every is not None and self.freeze_every < 1:
-            raise LoftError(f"--freeze-every {self.freeze_every} must be at least 1", usage=True)
-        if self.regulariser is not None and not (math.isfinite(self.regulariser) and self.regulariser >= 0):
-            raise LoftError(f"--regulariser {self.regulariser} must be a number from 0 on", usage=True)
+        refuse_outside(self, freeze_every=(1, MAX_EPOCHS), regulariser=(0, MAX_FLOAT32))
 
 
 def paper_regulariser(density: float) -> float:
@@ -148,7 +146,7 @@ def _parameters(source: Source) -> dict[str, torch.Tensor]:
 
 
 def _found(source: Source, ratio: float, mask: WeightMask, scores: dict[str, torch.Tensor], cost: Any) -> Found:
-    details = {"initialisation": "signed-constants", "emptied_layers": mask.emptied()}
+    details = {"initialisation": "signed-constants"}
     return Found(ratio, mask, signed_constants(_parameters(source)), source.file(INITIAL), cost, scores, details)
 
 

@@ -101,7 +101,7 @@ def imp(source: Source, options: ImpOptions, ratios: Sequence[float]) -> Iterato
                 mask = WeightMask(source.architecture, _largest(magnitudes, keep[ratio]))
                 scores = {name: torch.where(alive[name].bool(), level + _squashed(magnitudes[name]), fate[name]) for name in shapes}
                 from_ = (parameters_of(state), file) if start is None else (start, source.file(_point(source, options.rewind_to)))
-                details = {"levels": level + 1, "emptied_layers": mask.emptied()}
+                details = {"levels": level + 1}
                 found[ratio] = Found(ratio, mask, *from_, cost, scores, details)
         if level + 1 < len(counts):
             after = _largest(magnitudes, counts[level + 1])

@@ -1,5 +1,6 @@
 """Whole residual blocks: layer tickets, at initialisation or after training."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from loft_hpc.analysis.size import network_size
 from loft_hpc.errors import LoftError
+from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.scores import removed_count
 from loft_hpc.tickets.block_scores import BLOCK_CRITERIA, BlockScoring, lowest_blocks, removable
 from loft_hpc.tickets.masks import BlockMask
@@ -43,8 +45,13 @@ def _label(options: Any) -> list[str]:
     return [options.criterion, *([f"seed{options.seed}"] if options.criterion == "random" else [])]
 
 
+def _amount(ratio: float, dense: Architecture) -> str:
+    blocks = len(removable(dense))
+    return f"{removed_count(blocks, ratio)}of{blocks}"
+
+
 @register("layers", "whole residual blocks, at initialisation (snip, grasp) or after training", LayerOptions,
-          default_at=_default_at, label=_label, removes_filters=lambda options: False)  # fmt: skip
+          default_at=_default_at, label=_label, amount=_amount, removes_filters=lambda options: False)  # fmt: skip
 def layers(source: Source, options: LayerOptions, ratios: Sequence[float]) -> Iterator[Found]:
     """The lowest-scored residual blocks go, all at once (arXiv 2301.10835; facts: tickets.md).
 
@@ -57,7 +64,7 @@ def layers(source: Source, options: LayerOptions, ratios: Sequence[float]) -> It
         count[ratio] = removed_count(len(blocks), ratio)
         if not count[ratio]:
             raise LoftError(
-                f"--ratio {ratio:g} of the {len(blocks)} residual blocks that may go is none: give --ratio {1 / len(blocks):.4f} or more"
+                f"--ratio {ratio:g} of the {len(blocks)} residual blocks that may go is none: give --ratio {math.ceil(1e4 / len(blocks)) / 1e4:.4f} or more"
             )
     scoring = BlockScoring(options.scoring_batches, options.scoring_batch, options.seed)
     scores = BLOCK_CRITERIA[options.criterion](source.network(source.at), source.data, scoring, source.world)
