@@ -66,7 +66,7 @@ def test_every_option_is_fixed_or_may_change(folder, tmp_path, capsys, monkeypat
     path = as_killed(folder / kind, tmp_path / "run")
     fields = flatten(settings())
     options = [known for known in loft.get_command(None, kind).params if known.name in fields]
-    assert {known.name for known in options} >= fields.keys() - {"restarts", "dataset", "image_size", "download", "loader_workers"}
+    assert {known.name for known in options} >= fields.keys() - {"restarts", "dataset", "image_size", "download"}
     now = flatten(settings(**{"epochs": 2, "batch_size": 256})) | {"widen": 0.25, "statistics_batches": 1}
     changing = []
     for known in options:

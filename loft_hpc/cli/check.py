@@ -12,16 +12,16 @@ from loft_hpc.cli.options import (
     device_option,
     fill,
     judging_options,
-    moved_data_option,
     optimisation_options,
     option,
     precision_option,
+    reading_options,
     refuse_path,
 )
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.pruning import emptied_line
-from loft_hpc.data.registry import DataSettings
+from loft_hpc.data.registry import DataSettings, Reading
 from loft_hpc.jobs.check import CONTROLS, DENSE, TICKET, CheckSettings, check, to_fields
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, ticket_data
 from loft_hpc.screen import tell
@@ -47,7 +47,7 @@ class CheckProgress:
 @option(CheckSettings, "seeds", "Trainings of the ticket, of the dense network and of each control.", type=int)
 @option(CheckSettings, "xi", "Percentage points by which a winning ticket may stay behind the dense network.", type=float)
 @option(RetrainSettings, "rewind", "Weights to start from: none (the ticket's), init, epoch:K or step:K.", type=str)
-@moved_data_option
+@reading_options
 @option(RetrainSettings, "epochs", "Walks through the training images, of each training.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step.", type=int)
 @batch_parts_option
@@ -58,7 +58,7 @@ class CheckProgress:
 @option(CheckSettings, "name", "Folder under TICKET/checks: one for each recipe.", type=str)
 @format_option
 @click.pass_context
-def command(context: click.Context, ticket: str, data_dir: str | None, format: str, **options: Any) -> None:
+def command(context: click.Context, ticket: str, format: str, **options: Any) -> None:
     """Is TICKET a winning one? Retrains it, the dense network and controls with one budget, over several seeds.
 
     Controls: the mask shuffled within each layer; the surviving weights drawn anew; the lowest scores in place of the highest; a random
@@ -79,7 +79,7 @@ def command(context: click.Context, ticket: str, data_dir: str | None, format: s
     }
 
     def recipe(source: Ticket) -> RetrainSettings:
-        return fill(RetrainSettings, options | {"seed": 0}, data=ticket_data(source).at(data_dir), **parts)
+        return fill(RetrainSettings, options | {"seed": 0}, data=ticket_data(source).read(fill(Reading, options)), **parts)
 
     fill(RetrainSettings, options | {"seed": 0}, data=DataSettings(), **parts)  # mistakes in the options, before a file is read
     job.join()

@@ -7,23 +7,22 @@ import click
 
 from loft_hpc.cli.context import Job, Report
 from loft_hpc.cli.measuring import measure_options, measure_settings
-from loft_hpc.cli.options import device_option, moved_data_option, plot_option
+from loft_hpc.cli.options import device_option, fill, plot_option, reading_options
+from loft_hpc.data.registry import Reading
 from loft_hpc.jobs.compare import Contender, compare, to_fields
 
 
 @click.command("compare")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
 @measure_options(energy=True, robustness=True)
-@moved_data_option
+@reading_options
 @plot_option("accuracy after retraining over density, with 95 % intervals.")
 @device_option
 @click.option(
     "--format", type=click.Choice(["table", "json", "csv", "latex"]), default="table", show_default=True, help="How results are printed."
 )
 @click.pass_context
-def command(
-    context: click.Context, runs: tuple[str, ...], data_dir: str | None, plot: Path | None, device: str, format: str, **options: Any
-) -> None:
+def command(context: click.Context, runs: tuple[str, ...], plot: Path | None, device: str, format: str, **options: Any) -> None:
     """One table of retrained tickets, whatever found them: accuracy, size, cost of finding, latency, memory, energy, robustness.
 
     RUNs are those of loft retrain, and of loft pretrain for the dense networks. Runs that differ in their seed alone make one row; latency,
@@ -37,7 +36,7 @@ def command(
     if len({Path(run).resolve() for run in runs}) < len(runs):
         raise click.UsageError("a run is given twice")
     job.join()
-    contenders = compare([Path(run) for run in runs], settings, data_dir, device, job.world)
+    contenders = compare([Path(run) for run in runs], settings, fill(Reading, options), device, job.world)
     contenders = sorted(contenders, key=lambda one: (one.kind != "dense", -one.density, one.label))
     if plot:
         from loft_hpc.analysis.plots import plot_tickets

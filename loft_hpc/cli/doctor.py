@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from loft_hpc.cli.context import Job, format_option, printable
+from loft_hpc.cli.context import Job, format_option
 from loft_hpc.cli.leave_out import leave_out_option
 from loft_hpc.data.catalogue import CHECKED_AT_ONCE, DATASET_NAMES, IMAGE_FOLDERS, MAX_LOADER_WORKERS
 from loft_hpc.jobs.doctor import Finding, broken_images, examine, look, write_list
+from loft_hpc.screen import printable, write
 
 TENTHS = 10
 """Lines of progress where nobody watches."""
@@ -103,4 +104,5 @@ def _tell_progress(done: int, images: int, broken: int) -> None:
         return
     watched = sys.stderr.isatty()
     if watched or TENTHS * done // images > TENTHS * (done - CHECKED_AT_ONCE) // images:
-        click.echo(f"{done:,} of {images:,} images, {broken:,} broken" + "\r" * watched, err=True, nl=not watched or done == images)
+        ends = "\r" if watched and done < images else "\n"
+        write(f"{done:,} of {images:,} images, {broken:,} broken{ends}", error=True)

@@ -1,11 +1,13 @@
 """`loft export`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from loft_hpc.cli.context import Job
-from loft_hpc.cli.options import device_option, moved_data_option
+from loft_hpc.cli.options import device_option, reading_options
+from loft_hpc.data.registry import Reading
 from loft_hpc.jobs.export import TOLERANCE, ExportSettings, export
 from loft_hpc.models.formats import FORMATS
 
@@ -19,11 +21,11 @@ from loft_hpc.models.formats import FORMATS
     is_flag=True,
     help="Put the input's normalisation into the network, which then takes pixels from 0 to 1 (pt2 and onnx).",
 )
-@moved_data_option
+@reading_options
 @device_option
 @click.pass_context
 def command(
-    context: click.Context, path: str, format: str | None, output: str, fold_normalisation: bool, data_dir: str | None, device: str
+    context: click.Context, path: str, format: str | None, output: str, fold_normalisation: bool, device: str, **reading: Any
 ) -> None:
     """Write the network of a finished run or of a ticket as a file that others run.
 
@@ -45,7 +47,7 @@ def command(
         raise click.UsageError(f"--output {output} has none of the endings .{', .'.join(FORMATS)}: name a file that has, or give --format")
     settings = ExportSettings(Path(output), chosen, fold_normalisation)
     job.join()
-    done = export(Path(path), settings, data_dir, device, job.world)
+    done = export(Path(path), settings, Reading(**reading), device, job.world)
     score, difference = done.score, done.difference
     job.say(
         f"wrote {' and '.join(map(str, done.files))} ({chosen}, {done.parameters:,} parameters)\n"

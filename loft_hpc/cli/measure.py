@@ -11,7 +11,8 @@ from loft_hpc.analysis.energy import grams_per_million
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.measuring import measure_options, measure_settings
-from loft_hpc.cli.options import device_option, moved_data_option, plot_option, typed
+from loft_hpc.cli.options import device_option, fill, plot_option, reading_options, typed
+from loft_hpc.data.registry import Reading
 from loft_hpc.jobs.distances import Course, distances
 from loft_hpc.jobs.measure import Measured, MeasureSettings, measure
 from loft_hpc.models.scores import CRITERIA
@@ -35,14 +36,14 @@ from loft_hpc.models.scores import CRITERIA
 @plot_option(
     "the distances as a heat map of layers and epochs (darker is closer) over the loss; for several runs their mean distances too."
 )
-@moved_data_option
+@reading_options
 @measure_options(energy=False, robustness=False)
 @device_option
 @format_option
 @click.pass_context
 def command(
     context: click.Context, paths: tuple[str, ...], distance_to: str | None, norm: str, ratio: float, plot: Path | None,
-    data_dir: str | None, device: str, format: str, **options: Any,
+    device: str, format: str, **options: Any,
 ) -> None:  # fmt: skip
     """Accuracy, parameters, FLOPs, memory and latency of runs and tickets, each beside the dense network; energy and robustness; or filter
     distances.
@@ -56,7 +57,7 @@ def command(
     loft measure runs/RUN --distance-to final --plot runs/RUN/plots/distance.png
     """
     job: Job = context.obj
-    alone = {"plot", "ratio", "norm"} if distance_to is None else {"data_dir", "device", *options}
+    alone = {"plot", "ratio", "norm"} if distance_to is None else {"device", *options}
     for name in sorted(alone & typed(context)):
         other = "belongs to --distance-to" if distance_to is None else "has no meaning with --distance-to"
         option = {"severities": "severity"}.get(name, name.replace("_", "-"))
@@ -68,7 +69,7 @@ def command(
     if distance_to is not None:
         _show_distances(job, paths, distance_to, norm, ratio, plot, format)
         return
-    results = measure([Path(path) for path in paths], settings, data_dir, device, job.world)
+    results = measure([Path(path) for path in paths], settings, fill(Reading, options), device, job.world)
     fields = {"flops_per_multiply_add": FLOPS_PER_MULTIPLY_ADD, "measured": [_fields(result, settings) for result in results]}
     rows = [_row(result) for result in results]
     header = [

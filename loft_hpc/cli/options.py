@@ -81,7 +81,10 @@ data_options = several(
     leave_out_option,
 )
 
-moved_data_option = click.option("--data-dir", type=click.Path(), help="Folder of the data set, where it is not the one that the run used.")
+reading_options = several(
+    click.option("--data-dir", type=click.Path(), help="Folder of the data set, where it is not the one that the run used."),
+    click.option("--loader-workers", type=click.IntRange(0), help="Processes per rank that decode image files.  [default: the run's]"),
+)
 
 
 def optimisation_options(lr: float = default(Optimisation, "lr")) -> Decorator:

@@ -8,10 +8,11 @@ import click
 
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
-from loft_hpc.cli.options import batch_parts_option, device_option, fill, moved_data_option, refuse_path, supervision_options
+from loft_hpc.cli.options import batch_parts_option, device_option, fill, reading_options, refuse_path, supervision_options
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.pruning import emptied_line, finder_options, prunings_of, removed_text
+from loft_hpc.data.registry import Reading
 from loft_hpc.jobs.prune import prune
 from loft_hpc.jobs.source import BLOCK_CHOICES, Surroundings
 from loft_hpc.training.settings import Supervision
@@ -45,7 +46,7 @@ blocks_option = click.option(
 @blocks_option
 @click.option("--at", help="Network to draw from: final, init, epoch:K or step:K (a snapshot of the run).  [default: as suits the method]")
 @click.option("--name", help="Name of the ticket, with a single --ratio.  [default: METHOD-CRITERION-RATIO, and the snapshot]")
-@moved_data_option
+@reading_options
 @batch_parts_option
 @supervision_options
 @device_option
@@ -58,7 +59,6 @@ def command(
     blocks: str,
     at: str | None,
     name: str | None,
-    data_dir: str | None,
     batch_parts: int | None,
     device: str,
     format: str,
@@ -81,7 +81,11 @@ def command(
         raise click.UsageError("the same --ratio is given twice")
     refuse_path(name)
     around = Surroundings(
-        job.world, Oversight(Progress(job.speaks and format == "table"), job.interruption, supervision), data_dir, device, batch_parts
+        job.world,
+        Oversight(Progress(job.speaks and format == "table"), job.interruption, supervision),
+        fill(Reading, options),
+        device,
+        batch_parts,
     )
     results = prune(Path(run), prunings, blocks, at, name, around)
     fields = {

@@ -12,10 +12,10 @@ from loft_hpc.cli.options import (
     device_option,
     evaluation_options,
     fill,
-    moved_data_option,
     optimisation_options,
     option,
     precision_option,
+    reading_options,
     run_options,
     snapshot_options,
     supervision_options,
@@ -24,7 +24,7 @@ from loft_hpc.cli.options import (
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.settings import for_run
-from loft_hpc.data.registry import DATASET_NAMES, DataSettings
+from loft_hpc.data.registry import DATASET_NAMES, DataSettings, Reading
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, other_data, retrain, ticket_data
 from loft_hpc.screen import tell
 from loft_hpc.tickets.ticket import Ticket
@@ -41,7 +41,7 @@ from loft_hpc.training.watching import Oversight
     "Weights to start from: none (as pruned), init (before pretraining), epoch:K or step:K (a snapshot).",
     type=str,
 )
-@moved_data_option
+@reading_options
 @click.option(
     "--dataset",
     type=click.Choice(DATASET_NAMES),
@@ -65,7 +65,7 @@ from loft_hpc.training.watching import Oversight
 @format_option
 @click.pass_context
 def command(
-    context: click.Context, ticket: str, data_dir: str | None, dataset: str | None, run_path: str | None, resume: bool,
+    context: click.Context, ticket: str, dataset: str | None, run_path: str | None, resume: bool,
     extend_to: int | None, format: str, **options: Any,
 ) -> None:  # fmt: skip
     """Train TICKET, the physically smaller network, data-parallel over all ranks, on the data that it was found on, or on --dataset.
@@ -91,9 +91,10 @@ def command(
     job.join()
     source = Ticket.read(Path(ticket))
     if dataset is None:
-        data = ticket_data(source).at(data_dir)
+        data = ticket_data(source).read(fill(Reading, options))
     else:
-        data = other_data(source, dataset, data_dir=data_dir, image_size=options["image_size"], download=options["download"])
+        given = {name: options[name] for name in ("data_dir", "loader_workers", "image_size", "download")}
+        data = other_data(source, dataset, **given)
     given = fill(RetrainSettings, options, data=data, **parts)
     path = Path(run_path) if run_path else None
     settings = for_run(given, "retrain", typed(context), path, resume, extend_to)

@@ -12,18 +12,18 @@ from loft_hpc.cli.options import (
     device_option,
     fill,
     judging_options,
-    moved_data_option,
     optimisation_options,
     option,
     plot_option,
     precision_option,
+    reading_options,
     refuse_path,
 )
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.prune import blocks_option, ratio_option
 from loft_hpc.cli.pruning import emptied_line, finder_options, prunings_of, removed_text
-from loft_hpc.data.registry import DataSettings
+from loft_hpc.data.registry import DataSettings, Reading
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings
 from loft_hpc.jobs.sweep import EVERY, Point, SweepSettings, sweep
@@ -66,7 +66,7 @@ def _duration(seconds: float) -> str:
     help="Snapshots to draw tickets from: every, or init, epoch:K, step:K (repeat for more).",
 )
 @option(RetrainSettings, "rewind", "Weights to retrain from: none (those of the snapshot), init, epoch:K or step:K.", type=str)
-@moved_data_option
+@reading_options
 @option(RetrainSettings, "epochs", "Walks through the training images, of each retraining.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
 @optimisation_options(lr=LEARNING_RATE)
@@ -79,7 +79,7 @@ def _duration(seconds: float) -> str:
 @format_option
 @click.pass_context
 def command(
-    context: click.Context, runs: tuple[str, ...], ratios: tuple[float, ...], at: tuple[str, ...], data_dir: str | None,
+    context: click.Context, runs: tuple[str, ...], ratios: tuple[float, ...], at: tuple[str, ...],
     blocks: str, retrain_seed: int, name: str, plot: Path | None, format: str, **options: Any,
 ) -> None:  # fmt: skip
     """Draw a ticket from every snapshot of each RUN, retrain them all, and show when winning tickets are there.
@@ -105,7 +105,7 @@ def command(
     }
 
     def recipe(run: Run) -> RetrainSettings:
-        return fill(RetrainSettings, options | {"seed": retrain_seed}, data=settings_of(run).data.at(data_dir), **parts)
+        return fill(RetrainSettings, options | {"seed": retrain_seed}, data=settings_of(run).data.read(fill(Reading, options)), **parts)
 
     fill(RetrainSettings, options | {"seed": retrain_seed}, data=DataSettings(), **parts)  # mistakes in the options, before a file is read
     job.join()

@@ -60,6 +60,19 @@ def known_shape(dataset: str, image_size: int | None = None) -> DataShape:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a data set is read this time, where it is not as its settings say."""
+
+    data_dir: str | None = None
+    """Folder of the files; nothing is fetched into another one."""
+    loader_workers: int | None = None
+    """Processes per rank that decode image files."""
+
+
+AS_SET = Reading()
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """Which data, and where they lie."""
 
@@ -85,9 +98,11 @@ class DataSettings:
         """The name as results print it."""
         return "synthetic (random images, no real data)" if self.synthetic else self.dataset
 
-    def at(self, data_dir: str | None) -> "DataSettings":
-        """The same data set in another folder; None leaves it where it is. Nothing is fetched twice."""
-        return self if data_dir is None else replace(self, data_dir=data_dir, download=False)
+    def read(self, reading: Reading) -> "DataSettings":
+        """The same data set, read otherwise."""
+        moved = {} if reading.data_dir is None else {"data_dir": reading.data_dir, "download": False}
+        workers = {} if reading.loader_workers is None else {"loader_workers": reading.loader_workers}
+        return replace(self, **moved, **workers)
 
     def __post_init__(self):
         if self.dataset not in DATASET_NAMES:

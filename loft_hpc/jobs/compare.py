@@ -9,6 +9,7 @@ from typing import Any
 from loft_hpc.analysis.energy import WORLD_GRAMS_PER_KWH, Energy, carbon_grams, grams_per_million, one_after_another
 from loft_hpc.analysis.statistics import mean_interval
 from loft_hpc.comm.world import World
+from loft_hpc.data.registry import Reading
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.cost import cost_of
 from loft_hpc.jobs.measure import Measured, MeasureSettings, measure
@@ -75,7 +76,7 @@ class _Entry:
     """All else that decides it, but for its seed."""
 
 
-def compare(paths: Sequence[Path], settings: MeasureSettings, data_dir: str | None, device: str, world: World) -> list[Contender]:
+def compare(paths: Sequence[Path], settings: MeasureSettings, reading: Reading, device: str, world: World) -> list[Contender]:
     """Group the runs by what found their ticket and by ratio, and measure the first of each group. Collective.
 
     Raises LoftError for what is no finished run of one data set and network.
@@ -86,7 +87,7 @@ def compare(paths: Sequence[Path], settings: MeasureSettings, data_dir: str | No
     for entry in entries:
         groups.setdefault((entry.label, entry.kind, entry.ratio, entry.recipe), []).append(entry)
     groups = _told_apart(groups)
-    measured = measure([group[0].run.path for group in groups.values()], settings, data_dir, device, world)
+    measured = measure([group[0].run.path for group in groups.values()], settings, reading, device, world)
     return [_contender(group, one) for group, one in zip(groups.values(), measured, strict=True)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
-from loft_hpc.data.registry import open_data
+from loft_hpc.data.registry import Reading, open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.loading import input_of, metadata, open_finished
 from loft_hpc.models.formats import FORMATS, Format, FromPixels, Runnable
@@ -72,7 +72,7 @@ class Exported:
     """About the images that statistics and accuracy are of."""
 
 
-def export(path: Path, settings: ExportSettings, data_dir: str | None, device: str, world: World) -> Exported:
+def export(path: Path, settings: ExportSettings, reading: Reading, device: str, world: World) -> Exported:
     """Write a run's or ticket's network, compare what was written with it, and publish. Collective; rank 0 writes.
 
     Normalisation statistics are re-estimated, and the accuracy counted, over all ranks. Raises LoftError where there is
@@ -82,7 +82,7 @@ def export(path: Path, settings: ExportSettings, data_dir: str | None, device: s
     world.on_root(lambda: refuse_output(settings))
     subject = open_finished(path)
     chosen, _ = place(device, "float32", world)
-    data = open_data(subject.data.at(data_dir), chosen, world)
+    data = open_data(subject.data.read(reading), chosen, world)
     fed, note = input_of(subject, data.info)
     network = network_for(subject.architecture, subject.hidden_widths, subject.state, chosen, str(path))
     score = judge(network, data, subject.evaluation, world)

@@ -11,7 +11,7 @@ import loft_hpc
 from loft_hpc.comm.alone import Alone
 from loft_hpc.data.dataset import DataInfo
 from loft_hpc.data.inputs import NetworkInput
-from loft_hpc.data.registry import open_data
+from loft_hpc.data.registry import Reading, open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.measure import Subject, open_subject
 from loft_hpc.jobs.trained_on import TrainedOn, meet
@@ -35,7 +35,7 @@ def load(path: Path, data_dir: str | None) -> ResidualNetwork:
     if fed is None or not has_statistics(subject):
         world = Alone()
         try:
-            data = open_data(subject.data.at(data_dir), cpu, world)
+            data = open_data(subject.data.read(Reading(data_dir)), cpu, world)
         except LoftError as problem:
             raise LoftError(
                 f"{path} was made by an earlier version, without statistics or input of its own, which are made from "

@@ -26,7 +26,7 @@ from loft_hpc.analysis.size import Size, network_size, ticket_size
 from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet, TensorDataSet
 from loft_hpc.data.inputs import NetworkInput
-from loft_hpc.data.registry import CIFAR, DataSettings, open_data
+from loft_hpc.data.registry import CIFAR, DataSettings, Reading, open_data
 from loft_hpc.data.shifted import CIFAR_C_CORRUPTIONS, cifar10_1, cifar10_2, cifar_c
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.pretrain import settings_of
@@ -181,7 +181,7 @@ def _attacks(settings: MeasureSettings) -> list[Attack]:
     return [Attack(name, settings.epsilon, settings.pgd_steps) for name in ATTACKS]
 
 
-def measure(paths: Sequence[Path], settings: MeasureSettings, data_dir: str | None, device: str, world: World) -> list[Measured]:
+def measure(paths: Sequence[Path], settings: MeasureSettings, reading: Reading, device: str, world: World) -> list[Measured]:
     """Accuracy and robustness (all ranks take part), size and memory; latency and energy beside the dense network's (on rank 0 alone).
 
     Collective. Statistics are re-estimated before a network is scored: tickets of earlier versions have the dense network's.
@@ -189,7 +189,7 @@ def measure(paths: Sequence[Path], settings: MeasureSettings, data_dir: str | No
     subjects = [open_subject(path) for path in paths]
     _refuse_missing(subjects, settings)
     chosen_device, _ = place(device, "float32", world)
-    return [_measure(subject, settings, data_dir, chosen_device, world) for subject in subjects]
+    return [_measure(subject, settings, reading, chosen_device, world) for subject in subjects]
 
 
 def _refuse_missing(subjects: Sequence[Subject], settings: MeasureSettings) -> None:
@@ -205,8 +205,8 @@ def _refuse_missing(subjects: Sequence[Subject], settings: MeasureSettings) -> N
             raise LoftError(f"{option} {folder} is no folder: name the one that holds its files")
 
 
-def _measure(subject: Subject, settings: MeasureSettings, data_dir: str | None, device: torch.device, world: World) -> Measured:
-    data = open_data(subject.data.at(data_dir), device, world)
+def _measure(subject: Subject, settings: MeasureSettings, reading: Reading, device: torch.device, world: World) -> Measured:
+    data = open_data(subject.data.read(reading), device, world)
     note = meet(TrainedOn.of(subject.path, subject.dense), data.info)
     network = network_for(subject.architecture, subject.hidden_widths, subject.state, device, str(subject.path))
     scored = judge(network, data, subject.evaluation, world)

@@ -13,7 +13,7 @@ from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
-from loft_hpc.data.registry import DataSettings, open_data
+from loft_hpc.data.registry import AS_SET, DataSettings, Reading, open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.cost import cost_of
 from loft_hpc.jobs.pretrain import settings_of
@@ -58,7 +58,7 @@ class Surroundings:
 
     world: World
     oversight: Oversight
-    data_dir: str | None = None
+    reading: Reading = AS_SET
     device: str = "auto"
     batch_parts: int | None = None
     """Parts of a search's batches (`Order.in_parts`); None for one for each rank."""
@@ -91,7 +91,7 @@ class RunSource:
 
     @cached_property
     def data(self) -> DataSet:
-        data = open_data(self.settings.data.at(self._around.data_dir), self.device, self.world)
+        data = open_data(self.settings.data.read(self._around.reading), self.device, self.world)
         meet(TrainedOn.of(self.run.path, self.architecture), data.info, continued=True)
         return data
 
@@ -133,7 +133,7 @@ class RunSource:
         )
         computation = replace(run.computation, device=self._around.device)
         settings = SearchSettings(
-            epochs, run.batch_size, run.seed, self._around.batch_parts, run.data.at(self._around.data_dir), optimisation,
+            epochs, run.batch_size, run.seed, self._around.batch_parts, run.data.read(self._around.reading), optimisation,
             replace(run.evaluation, evaluate_every=max(run.evaluation.evaluate_every, epochs)), computation,
         )  # fmt: skip
         method, *level = name.split("/")

@@ -11,7 +11,7 @@ import torch
 
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
-from loft_hpc.data.registry import open_data
+from loft_hpc.data.registry import Reading, open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.files import read_json
 from loft_hpc.jobs.prune import draw_tickets, ticket_name, ticket_names
@@ -94,7 +94,7 @@ def sweep(
     for number, (run, at, pruning) in enumerate(work, start=1):
         began = time.perf_counter()
         own = recipes[run.path]
-        around = Surroundings(world, quiet, own.data.data_dir, own.computation.device)
+        around = Surroundings(world, quiet, Reading(own.data.data_dir, own.data.loader_workers), own.computation.device)
         ticket = _ticket(run, pruning, settings.blocks, at, around)
         folder = run.path / "sweeps" / settings.name / ticket.path.name
         done = world.on_root(partial(_is_done, folder))
