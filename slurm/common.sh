@@ -2,18 +2,19 @@
 # docs/clusters.md explains it, with the variables that are read here.
 set -u
 
-# Slurm's warning comes to this shell (--signal=B:USR1@...), which passes it on; mpirun and srun pass it on to all ranks. They finish
-# their step, write a checkpoint together and leave with 85.
+# Slurm's warning comes to this shell (--signal=B:USR1@..., or USR2), which passes it on; mpirun and srun pass it on to all ranks. They
+# finish their step, write a checkpoint together and leave with 85.
 warnings=0
 child=
-warn() {
-    warnings=$((warnings + 1))
+warn() { # SIGNAL
+    warnings=$((warnings + 1)) signal=$1
     [ -n "$child" ] || return
     # Ranks that are only being started would miss it, or die of it.
     while [ $((SECONDS - began)) -lt 5 ] && kill -0 "$child" 2>/dev/null; do sleep 1; done
-    kill -USR1 "$child" 2>/dev/null
+    kill -"$1" "$child" 2>/dev/null
 }
-trap warn USR1
+trap 'warn USR1' USR1
+trap 'warn USR2' USR2
 
 die() {
     echo "slurm: $1: $2" >&2
@@ -55,7 +56,7 @@ step() {
     began=$SECONDS
     "$@" &
     child=$!
-    [ "$warnings" = 0 ] || warn  # told between the lines above
+    [ "$warnings" = 0 ] || warn "$signal"  # told between the lines above
     heard=-1
     until [ "$heard" = "$warnings" ]; do  # a warning ends the wait, not the command
         heard=$warnings

@@ -53,9 +53,9 @@ class SlurmJob:
         """The state in which the job ended for good."""
         return self.wait_for_state(*ENDED, seconds=seconds)
 
-    def warn(self) -> None:
+    def warn(self, signal: str = "USR1") -> None:
         """Send what `#SBATCH --signal=B:USR1@N` sends, the way that it takes."""
-        self._cluster.run("scancel", "--batch", "--signal=USR1", str(self.number))
+        self._cluster.run("scancel", "--batch", f"--signal={signal}", str(self.number))
 
     def restart(self) -> None:
         """Start a job that was requeued, which Slurm holds back for two minutes."""

@@ -124,7 +124,7 @@ def test_tickets_of_a_job_that_died_while_drawing_them_are_drawn_anew(cluster, c
 
 
 def test_a_preempted_job_goes_on_and_ends_as_an_undisturbed_one(cluster, checkout, undisturbed, launcher):
-    """Once by a job of more priority in the middle of pretraining, and once, by the same signal, in the middle of retraining."""
+    """Once by a job of more priority in the middle of pretraining, and once, by other schedulers' signal, in the middle of retraining."""
     job = submit(cluster, checkout, LOFT_LAUNCHER=launcher)
     run = run_of(checkout, job)
     job.wait("round", lambda: logged(run, "round"))
@@ -135,7 +135,7 @@ def test_a_preempted_job_goes_on_and_ends_as_an_undisturbed_one(cluster, checkou
     job.restart()
     retrained = run / "retrained" / TICKET
     job.wait("epoch of retraining", lambda: logged(retrained, "epoch"))
-    job.warn()
+    job.warn("USR2")
     job.wait_for_state("PENDING", seconds=110)
     assert read_json(retrained / "run.json")["status"] == "interrupted"
     job.restart()

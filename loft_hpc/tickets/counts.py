@@ -23,35 +23,45 @@ def kept_count(units: int, ratio: float) -> int:
 
 def kept_of_each(sizes: Mapping[str, int], ratio: float, what: str) -> dict[str, int]:
     """The same ratio in every layer. Raises LoftError where less than half a unit (`what`) of a layer would be left; a single one stays."""
-    vanishing = [name for name, units in sizes.items() if units > 1 and units * (1 - ratio) < ROUNDS_TO_NOTHING]
+    vanishing = [name for name, units in sizes.items() if units > 1 and round(units * (1 - ratio), 9) < ROUNDS_TO_NOTHING]
     if vanishing:
         smallest = min(vanishing, key=lambda name: sizes[name])
         raise _too_small(ratio, smallest, f"has {sizes[smallest]} {what}", ROUNDS_TO_NOTHING / sizes[smallest])
     return {name: kept_count(units, ratio) for name, units in sizes.items()}
 
 
-def kept_of_all(sizes: Mapping[str, int], ratio: float, what: str, weakest: str | None = None) -> int:
+def kept_of_all(sizes: Mapping[str, int], ratio: float, what: str, weakest: str | None = None, needed: int = 0) -> int:
     """One count over all layers, in which there is at least one unit for each. Raises LoftError where there is not.
 
-    `weakest`: the layer that would be the first to lose all; by default the smallest.
+    `weakest`: the layer that would be the first to lose all; by default the smallest. `needed`: how many must stay for other reasons, so
+    that the ratio advised leaves those too.
     """
     total = sum(sizes.values())
     keep = kept_count(total, ratio)
     if keep < len(sizes):
         name = weakest or min(sizes, key=lambda name: sizes[name])
-        raise _too_small(
-            ratio, name, f"is one of {len(sizes)} layers with {total} {what} together, of which {keep} stay", len(sizes) / total
-        )
+        why = f"is one of {len(sizes)} layers with {total} {what} together, of which {keep} stay"
+        raise _too_small(ratio, name, why, max(len(sizes), needed) / total)
     return keep
 
 
 def _too_small(ratio: float, name: str, why: str, smallest: float) -> LoftError:
-    digits = 3 - math.floor(math.log10(smallest))
-    most = math.floor((1 - smallest) * 10**digits) / 10**digits
+    most = _largest_ratio(smallest)
     return LoftError(
         f"density {1 - ratio:.4g} (--ratio {ratio:.10g}) is too small for this network: {name}, which {why}, would vanish; "
         f"the smallest density possible is {1 - most:.4g}: give --ratio {most:.10g} or less"
     )
+
+
+def _largest_ratio(density: float) -> float:
+    """The pruning ratio that leaves this density, rounded down to four digits of the density: what is advised must work."""
+    digits = 3 - math.floor(math.log10(density))
+    return math.floor((1 - density) * 10**digits) / 10**digits
+
+
+def least_ratio(units: int) -> str:
+    """The smallest pruning ratio that removes one of the units, rounded up to four digits."""
+    return f"{math.ceil(10_000 / units) / 10_000:.4f}"
 
 
 def largest(scores: np.ndarray, count: int) -> np.ndarray:
@@ -90,13 +100,13 @@ def largest_of_all(layers: Layers, ratio: float, floor: float, at_least: int, wh
     refuse_not_finite(layers)
     sizes = {name: len(scores) for name, scores in layers.items()}
     weakest = min(layers, key=lambda name: float(layers[name].max()))
-    keep = kept_of_all(sizes, ratio, what, weakest)
     floors = {name: max(at_least, math.ceil(round(floor * units, 9))) for name, units in sizes.items()}
     needed = sum(floors.values())
+    keep = kept_of_all(sizes, ratio, what, weakest, needed)
     if needed > keep:
         raise LoftError(
             f"--ratio {ratio:g} keeps {keep} of {sum(sizes.values())} {what}, but the floors of the layers need {needed} "
-            f"(of {weakest}, which would lose most, {floors[weakest]}): lower --floor, or give --ratio {1 - needed / sum(sizes.values()):.4g} or less"
+            f"(of {weakest}, which would lose most, {floors[weakest]}): lower --floor, or give --ratio {_largest_ratio(needed / sum(sizes.values())):.10g} or less"
         )
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
     together = np.concatenate(list(layers.values())).astype(np.float64)

@@ -93,7 +93,8 @@ def _emergence(source: Source, options: EarlyBirdOptions, ratio: float) -> str:
             later = [name for taken, name in sorted(full.items()) if taken >= step]
             if later:
                 return point_of(later[0])
+    looser = "raise --tolerance" if len(steps) > options.patience else f"lower --patience below {len(steps)} and raise --tolerance"
     raise LoftError(
         f"{source.run.path}: the masks of ratio {ratio:g} do not stand still over {options.patience + 1} of its {len(steps)} snapshots: "
-        "train longer, take snapshots more often (--snapshot-every), or raise --tolerance"
+        f"train longer, take snapshots more often (--snapshot-every), or {looser}"
     )

@@ -138,9 +138,11 @@ def _point(source: Source, rewind_to: str) -> str:
     for name in snapshots.names():
         if snapshots.step(name) == step:
             return point_of(name)
-    there = ", ".join(str(snapshots.step(name)) for name in snapshots.names())
+    there = sorted(snapshots.step(name) for name in snapshots.names())
+    nearest = min(there, key=lambda other: abs(other - step), default=0)
     raise LoftError(
-        f"{source.run.path} has no full network of step {step} to rewind to, only of {there}: pretrain with --snapshot-every {rewind_to}"
+        f"{source.run.path} has no full network of step {step} to rewind to, only of {', '.join(map(str, there))}: "
+        f"give --rewind-to {f'{nearest}it' if nearest else INITIAL}, or pretrain with a --snapshot-every whose snapshots meet it"
     )
 
 

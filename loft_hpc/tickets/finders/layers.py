@@ -1,6 +1,5 @@
 """Whole residual blocks: layer tickets, at initialisation or after training."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.scores import removed_count
 from loft_hpc.tickets.block_scores import BLOCK_CRITERIA, BlockScoring, lowest_blocks, removable
+from loft_hpc.tickets.counts import least_ratio
 from loft_hpc.tickets.masks import BlockMask
 from loft_hpc.tickets.pruning import Found, check_choices, option, register
 from loft_hpc.tickets.source import FINAL, INITIAL, Source
@@ -64,7 +64,7 @@ def layers(source: Source, options: LayerOptions, ratios: Sequence[float]) -> It
         count[ratio] = removed_count(len(blocks), ratio)
         if not count[ratio]:
             raise LoftError(
-                f"--ratio {ratio:g} of the {len(blocks)} residual blocks that may go is none: give --ratio {math.ceil(1e4 / len(blocks)) / 1e4:.4f} or more"
+                f"--ratio {ratio:g} of the {len(blocks)} residual blocks that may go is none: give --ratio {least_ratio(len(blocks))} or more"
             )
     scoring = BlockScoring(options.scoring_batches, options.scoring_batch, options.seed)
     scores = BLOCK_CRITERIA[options.criterion](source.network(source.at), source.data, scoring, source.world)
