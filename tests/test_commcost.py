@@ -164,7 +164,7 @@ def test_printed_for_people_programs_and_papers(capsys, tmp_path):
         (("--dataset", "imagefolder"), 2, "imagefolder has no shape of its own"),
         (("--cluster", "nowhere"), 1, "no cluster file nowhere"),
         (("--plot", "cost.jpg"), 2, "must end in .png, .pdf or .svg"),
-        (("--micro-batches", "0"), 2, "must be at least 1"),
+        (("--micro-batches", "0"), 2, "must lie between 1 and"),
         (("--split", "7,3"), 2, "is not known"),
         (("runs/x", "--workers", "2"), 2, "options of a case say nothing about a run"),
         (("nowhere",), 1, "nowhere is no run"),

@@ -186,7 +186,7 @@ def test_data_sets_in_memory(name, opened):
         (("--dry-run", "--workers", "1000"), 1, "ranks cannot share"),
         (("--dry-run", "--workers", "9", "--strategy", "gpipe"), 1, "too few for 9 ranks"),
         (("--dry-run", "--precision", "bfloat16", "--device", "cpu"), 1, "is for GPUs"),
-        (("--dry-run", "--batch-size", "2000"), 1, "make no batch of 2000"),
+        (("--dry-run", "--batch-size", "2000"), 2, "--batch-size 2000 is larger than 1437 images"),
     ],
 )
 def test_mistakes(capsys, options, code, told):
