@@ -34,8 +34,8 @@ def load_ticket(path: str | PathLike[str], data_dir: str | None = None) -> Resid
                            where it came from
         accuracy           on the test images, 0 to 1; None where it was never counted
 
-    (docs/file-formats.md has all of them). A ticket of an earlier version has no statistics of its own: they are re-
-    estimated from the data, in `data_dir` or where the run found them. Raises LoftError where `path` is no ticket, or
+    (docs/file-formats.md has all of them). A ticket of an earlier version has no statistics of its own: they are
+    re-estimated from the data, in `data_dir` or where the run found them. Raises LoftError where `path` is no ticket, or
     where its files are damaged.
     """
     return _load(path, data_dir, "ticket.json", "ticket: give a folder that `loft prune` printed")
