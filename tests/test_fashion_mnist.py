@@ -120,6 +120,7 @@ PACKED = {
     "of the head alone": lambda packed: packed[:10],
     "with a wrong checksum": lambda packed: packed[:-8] + b"abcd" + packed[-4:],
     "with a bit flipped": lambda packed: packed[:200] + bytes((packed[200] ^ 4,)) + packed[201:],
+    "of no known block": lambda packed: packed[:10] + b"\xff" + packed[11:],
     "with more behind it": lambda packed: packed + b"more",
 }
 

@@ -413,6 +413,7 @@ def test_an_epoch_over_the_ranks_is_exact(tmp_path, sharing):
 FAULTS = {
     "vanished": (None, lambda folder: (folder / "train" / "cat" / "0.png").unlink()),
     "no image": (None, lambda folder: (folder / "train" / "cat" / "0.png").write_bytes(b"nonsense")),
+    "a pipe": (None, lambda folder: ((folder / "train" / "cat" / "0.png").unlink(), os.mkfifo(folder / "train" / "cat" / "0.png"))),
     "torn": (None, lambda folder: truncate(folder / "train" / "cat" / "0.png", 900)),
     "tar vanished": (make_tars, lambda folder: (folder / "train" / "cat.tar").unlink()),
     "tar torn": (make_tars, lambda folder: truncate(folder / "train" / "cat.tar", 20_000)),

@@ -1,6 +1,8 @@
 """Attacks and corruptions against what they must be by hand, and the readers of shifted test sets on files as large as the real ones."""
 
+import io
 import math
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -450,6 +452,18 @@ def test_broken_archive_is_one_line_with_its_folder(tmp_path):
     with open(path, "wb") as file:
         np.save(file, np.zeros(3))
     with pytest.raises(LoftError, match="cannot be read"):
+        cifar10_2(bytes_like_cifar(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", ["labels.npy", "labels"])
+def test_an_archive_that_holds_an_array_twice_is_refused(tmp_path, name):
+    path, content = tmp_path / "cifar102_test.npz", io.BytesIO()
+    np.savez_compressed(path, images=np.zeros((2000, 32, 32, 3), np.uint8), labels=np.arange(2000) % 10)
+    np.save(content, np.zeros(2000, int))
+    with ZipFile(path, "a") as archive:
+        archive.writestr(name, content.getvalue())
+    with pytest.raises(LoftError, match="twice"):
         cifar10_2(bytes_like_cifar(), tmp_path)
 
 

@@ -1,6 +1,8 @@
 """Images from disk to the training device: decoded and cropped in processes of their own, sent as bytes, normalised in batches."""
 
 import io
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,6 @@ from loft_hpc.data.index import Index
 from loft_hpc.data.leave_out import to_line
 from loft_hpc.data.tars import TarReader
 from loft_hpc.errors import LoftError
-from loft_hpc.files import open_plain
 
 Key = tuple[str, int, tuple[int, ...] | None]
 """(split, image, the seed of its random choices and where in the training it stands); None for an image that is not augmented."""
@@ -86,8 +87,19 @@ class Images(Dataset):
     def _content(self, split: str, number: int) -> bytes:
         if split in self._tars:
             return self._tars[split].read(number)
-        with open_plain(self._folder / self._splits[split].names[number]) as file:
-            return file.read()
+        return _read_plain(self._folder / self._splits[split].names[number])
+
+
+def _read_plain(path: Path) -> bytes:
+    """As `Path.read_bytes`, in fewer calls. Raises OSError for a pipe or a device, which could be waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is no file any more")
+        return os.pread(handle, status.st_size, 0)
+    finally:
+        os.close(handle)
 
 
 class _Checked(Dataset):

@@ -9,5 +9,5 @@ def is_hidden(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is an image: torchvision's endings, and no dot file."""
-    return name.lower().endswith(IMG_EXTENSIONS) and not is_hidden(name)
+    """Whether a file of this name, which is not hidden, is an image: torchvision's endings."""
+    return name.lower().endswith(IMG_EXTENSIONS)

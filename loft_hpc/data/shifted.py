@@ -87,7 +87,10 @@ def _read(path: Path, array_of: Callable, mapped: bool = False) -> np.ndarray:
         raise LoftError(f"there is no {path.name} in {path.parent}: name the folder that holds it")
     try:
         # Of its 19 arrays CIFAR-C needs a fifth of one at a time. allow_pickle: a file from elsewhere must not run code.
-        array = array_of(np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False))
+        file = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        if len(names := getattr(file, "files", [])) != len(set(names)):
+            raise ValueError("an array stands in it twice")
+        array = array_of(file)
     except BROKEN as problem:
         raise LoftError(f"{path} cannot be read ({first_line(problem)}): fetch it again") from None
     if not isinstance(array, np.ndarray):

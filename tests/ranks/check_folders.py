@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,11 @@ def test_what_rank_0_finds_wrong_all_ranks_know(world, folder):
     world.on_root(lambda: (folder / "folder" / "train" / "empty").mkdir())
     with pytest.raises(LoftError, match="no image in empty"):
         open_data(settings(folder / "folder"), CPU, world)
+
+
+def test_images_left_out_are_left_out_on_all_ranks(world, folder):
+    name = list_split(folder / "folder", "train").names[7]
+    data = open_data(replace(settings(folder / "folder"), leave_out=(name,)), CPU, world)
+    assert data.info.train_images == 47 and set(world.gather_objects(data.info)) == {data.info}
+    with pytest.raises(LoftError, match=r"no image .*train/none"):
+        open_data(replace(settings(folder / "folder"), leave_out=("train/none",)), CPU, world)
