@@ -106,7 +106,10 @@ def destination(settings: TrainingSettings, path: Path | None, resume: bool, nam
 def _newest_checkpoint(run: Run, workplace: Workplace, world: World, oversight: Oversight) -> Checkpoint | None:
     """The same one on every rank, chosen by rank 0. Raises LoftError if the data are not those that the run was started with."""
     if run.required("data", dict).get("fingerprint") != workplace.data.info.fingerprint:
-        raise LoftError(f"the images of {workplace.data.info.name} are not those that {run.path} was started with: start another run")
+        raise LoftError(
+            f"the images of {workplace.data.info.name} are not those that {run.path} was started with: restore what was removed or added, "
+            "or start another run"
+        )
     step = world.on_root(lambda: run.checkpoints.newest_step(oversight.watcher.fell_back))
     return None if step is None else run.checkpoints.read(step)
 
