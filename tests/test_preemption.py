@@ -2,17 +2,23 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from loft_hpc.cli.main import run
 from loft_hpc.errors import LoftError
 from loft_hpc.files import read_tensors
 from loft_hpc.runs.lock import RunLock
 from loft_hpc.runs.run import Run
+from loft_hpc.training.interruption import WARNINGS, Interruption
 
 from launching import launch_environment, loft, told
 from test_faults import start_training
@@ -40,14 +46,17 @@ def whole(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("strategy", ["loft, rarely averaged", "gpipe"])  # the others, in one process: check_resume.py
-def test_a_warning_ends_all_ranks_at_one_step_and_nothing_is_lost(tmp_path, whole, strategy):
-    """USR1, as Slurm sends it before a preemption: a checkpoint, exit code 85, and a resumed run that ends as an undisturbed one."""
+@pytest.mark.parametrize(
+    ("strategy", "warning"),
+    [("loft, rarely averaged", signal.SIGUSR1), ("gpipe", signal.SIGUSR2)],  # the other strategies, in one process: check_resume.py
+)
+def test_a_warning_ends_all_ranks_at_one_step_and_nothing_is_lost(tmp_path, whole, strategy, warning):
+    """As Slurm sends it before a preemption: a checkpoint, exit code 85, and a resumed run that ends as an undisturbed one."""
     path = tmp_path / "run"
     until = "round" if strategy.startswith("loft") else "epoch"
     process = start_training(4, path, *SMALL, *STRATEGIES[strategy], until=until)
     time.sleep(0.3)
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(warning)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 85, err
     lines = [line for line in err.splitlines() if line.startswith("loft: ")]
@@ -62,6 +71,56 @@ def test_a_warning_ends_all_ranks_at_one_step_and_nothing_is_lost(tmp_path, whol
     assert all(torch.equal(one[name], other[name]) for name in one)
     losses = [[(event["step"], event["loss"]) for event in Run.open(folder).events("epoch")] for folder in (whole(strategy), path)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("warning", WARNINGS)
+def test_every_warning_ends_a_training_with_a_checkpoint(tmp_path, warning):
+    """In this process, as soon as it has trained a round; a warning that nobody notes is caught here."""
+    path, missed = tmp_path / "run", []
+    before = signal.signal(warning, lambda number, frame: missed.append(number))
+
+    def warn() -> None:
+        while not (path / "metrics.jsonl").exists() or '"round"' not in (path / "metrics.jsonl").read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), warning)
+
+    teller = threading.Thread(target=warn)
+    teller.start()
+    try:
+        code = run(["pretrain", *SMALL, "--local-iterations", "1", "--run", str(path)])
+    finally:
+        teller.join()
+        signal.signal(warning, before)
+    assert (code, missed) == (85, [])
+    assert json.loads((path / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_warnings_count_from_the_first_moment_to_the_last(tmp_path):
+    """All of them, again and again: before torch is loaded, while it is, in the training, and while the process leaves."""
+    command = [sys.executable, "-m", "loft_hpc", "pretrain", *SMALL, "--local-iterations", "1", "--run", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    status, caught = Path(f"/proc/{process.pid}/status"), 1 << (signal.SIGHUP - 1)
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & caught:
+        assert process.poll() is None
+    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+    while process.poll() is None:
+        for warning in WARNINGS:
+            process.send_signal(warning)
+        time.sleep(0.02)
+    out, err = process.communicate()
+    assert process.returncode == 85 and "checkpoint written after step 1;" in err, out + err
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_whoever_started_the_command_ignores_stays_ignored(number):
+    """nohup ignores HUP, and a script's shell INT for what it starts in the background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), number)
+        assert not interruption.requested
+    finally:
+        signal.signal(number, before)
 
 
 def test_two_jobs_cannot_write_one_run(tmp_path):
