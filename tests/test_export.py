@@ -258,7 +258,7 @@ def test_what_differs_is_not_small(factor):
 def test_a_network_whose_scores_are_no_numbers_leaves_no_file(made, tmp_path):
     shutil.copytree(made[0] / "run/tickets/filters", tmp_path / "ticket")
     state = read_tensors(tmp_path / "ticket/model.safetensors")
-    write_tensors(tmp_path / "ticket/model.safetensors", state | {"fc.bias": torch.full((10,), float("nan"))})
+    write_tensors(tmp_path / "ticket/model.safetensors", state | {"fc.weight": torch.full_like(state["fc.weight"], 3e38)})
     code, _, err = export(tmp_path / "ticket", "--output", tmp_path / "own.safetensors")
     assert code == 1 and err.startswith("loft: ") and err.count("\n") == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["ticket"]
@@ -291,7 +291,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(made, tmp_path):
         ((ticket,), 2, "--output"),
         ((unfinished, "--output", tmp_path / "own.pt2"), 1, "--resume"),
         ((tmp_path, "--output", tmp_path / "own.pt2"), 1, "neither a run nor a ticket"),
-        ((other, "--output", tmp_path / "own.pt2"), 1, "other classes"),
+        ((other, "--output", tmp_path / "own.pt2"), 1, "differ in classes"),
     ):
         got, _, err = export(*arguments)
         assert got == code and words in err and err.startswith("loft: ") and err.count("\n") == 1, (arguments, err)

@@ -411,7 +411,7 @@ def test_rounded_widths_are_the_nearest_multiples_and_stay_nested(drawn_sources,
                 continue
             (found,) = rounding.finder.find(source, rounding.options, [ratio])
             assert found.mask.hidden_widths == expected
-            assert f"-by{multiple}" in ticket_name(rounding, "all", "emerged")
+            assert f"-by{multiple}" in ticket_name(rounding, "all", "emerged", source.architecture)
             for name, kept in found.mask.selection.items():
                 own, unrounded = set(kept.tolist()), set(plain.mask.selection[name].tolist())
                 assert len(own) % multiple == 0 or len(own) == dense[name]

@@ -71,8 +71,10 @@ def command(
     ]
     fields: dict[str, Any] = {"findings": [asdict(finding) for finding in findings]}
     if every_image:
+        from loft_hpc.data.leave_out import to_line  # needs torch, which may be what is missing
+
         lines += [f"{printable(name)}: {why}" for name, why in broken]
-        fields["broken_images"] = [{"image": name, "problem": why} for name, why in broken]
+        fields["broken_images"] = [{"image": to_line(name), "problem": why} for name, why in broken]
     job.show(format, fields, "\n".join(lines))
     if any(finding.state in ("missing", "broken") for finding in findings):
         context.exit(1)

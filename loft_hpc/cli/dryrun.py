@@ -43,7 +43,9 @@ def wants_plan(context: click.Context) -> bool:
     """Whether this is a dry run. Raises UsageError for options that do not go with it, or not without it."""
     if context.params["dry_run"]:
         if context.params["resume"]:
-            raise click.UsageError("--dry-run plans a training from its first step: leave --resume away")
+            raise click.UsageError("--dry-run plans a training from its first step: omit --resume")
+        if context.params["extend_to"] is not None:
+            raise click.UsageError("--extend-to goes on with a finished run: omit --dry-run")
         return True
     strange = sorted(typed(context) & {"workers", "cluster_name"})
     if strange:

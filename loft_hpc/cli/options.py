@@ -15,10 +15,12 @@ from click.core import ParameterSource
 from loft_hpc.analysis.timing import EXAMPLES
 from loft_hpc.cli.leave_out import leave_out_option
 from loft_hpc.comm.launch import announced_rank
+from loft_hpc.data.catalogue import MAX_LOADER_WORKERS
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings
 from loft_hpc.errors import LoftError
 from loft_hpc.training.settings import (
     MAX_BATCH,
+    MAX_EPOCHS,
     PRECISIONS,
     SCHEDULES,
     Checkpointing,
@@ -83,7 +85,11 @@ data_options = several(
 
 reading_options = several(
     click.option("--data-dir", type=click.Path(), help="Folder of the data set, where it is not the one that the run used."),
-    click.option("--loader-workers", type=click.IntRange(0), help="Processes per rank that decode image files.  [default: the run's]"),
+    click.option(
+        "--loader-workers",
+        type=click.IntRange(0, MAX_LOADER_WORKERS),
+        help="Processes per rank that decode image files.  [default: the run's]",
+    ),
 )
 
 
@@ -205,7 +211,7 @@ run_options = several(
         help="Go on with --run from its newest checkpoint, with its own settings; start it if it is not there yet.",
     ),
     click.option(
-        "--extend-to", type=click.IntRange(1), metavar="EPOCHS",
+        "--extend-to", type=click.IntRange(1, MAX_EPOCHS), metavar="EPOCHS",
         help="With --resume of a finished run: train on to so many epochs. A constant rate goes on; a cosine or step schedule, which has "
         "ended, begins anew at --lr and runs over the added epochs (a warm restart, Loshchilov and Hutter 2017).",
     ),

@@ -3,7 +3,6 @@
 A name is that of the index, train/CLASS/IMAGE. One that holds a line break, or is no text, stands there as a JSON string.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from loft_hpc.data.catalogue import SPLITS
 from loft_hpc.errors import LoftError
 from loft_hpc.files import open_plain
+from loft_hpc.jsontext import from_json_text, to_json_text
 
 LIST_BYTES = 1 << 20
 """No list is larger: it stands in run.json, and a data set with more broken images needs mending."""
@@ -18,7 +18,7 @@ LIST_BYTES = 1 << 20
 
 def to_line(name: str) -> str:
     """A name as it stands in a list, printable."""
-    return name if name.isprintable() else json.dumps(name)
+    return name if name.isprintable() else to_json_text(name)
 
 
 def to_text(names: Iterable[str]) -> str:
@@ -43,7 +43,7 @@ def _name(path: Path, number: int, line: str) -> str:
     name: object = line.removesuffix("\r")
     if line.startswith('"'):
         try:
-            name = json.loads(line)
+            name = from_json_text(line)
         except ValueError:
             name = None
     if not isinstance(name, str) or not name.startswith(tuple(f"{split}/" for split in SPLITS)):

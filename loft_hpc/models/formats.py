@@ -1,7 +1,6 @@
 """Formats in which a network leaves this program: each writes a file, and reads it back as something that runs."""
 
 import io
-import json
 import logging
 import warnings
 from abc import ABC, abstractmethod
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from loft_hpc.errors import LoftError
-from loft_hpc.files import read_json, read_tensors, write_atomically, write_json, write_tensors
+from loft_hpc.files import read_tensors, write_atomically, write_tensors
+from loft_hpc.jsontext import to_json_text
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.resnet import build
 
@@ -96,7 +96,7 @@ class Pt2(Format):
         with _quiet():
             program = torch.export.export(network, (_example(image),), dynamic_shapes=({0: _batch()},))
             content = io.BytesIO()
-            torch.export.save(program, content, extra_files={PT2_METADATA: _json(metadata)})
+            torch.export.save(program, content, extra_files={PT2_METADATA: to_json_text(metadata)})
         write_atomically(path, content.getvalue())
 
     def read(self, path: Path) -> Runnable:
@@ -121,7 +121,7 @@ class Onnx(Format):
             )  # fmt: skip
             model = program.model_proto
         for key, value in metadata.items():
-            model.metadata_props.add(key=key, value=_json(value))
+            model.metadata_props.add(key=key, value=to_json_text(value))
         write_atomically(path, model.SerializeToString())
 
     def read(self, path: Path) -> Runnable:
@@ -141,7 +141,7 @@ class Safetensors(Format):
         return [path, path.with_suffix(".json")]
 
     def write(self, network: nn.Module, image: tuple[int, int, int], path: Path, metadata: Metadata) -> None:
-        write_tensors(path, network.state_dict(), {key: _json(value) for key, value in metadata.items()})
+        write_tensors(path, network.state_dict(), {key: to_json_text(value) for key, value in metadata.items()})
         write_json(path.with_suffix(".json"), metadata)
 
     def read(self, path: Path) -> Runnable:
@@ -161,10 +161,6 @@ def _example(image: tuple[int, int, int]) -> Tensor:
 
 def _batch() -> Any:
     return torch.export.Dim("batch", min=1)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, allow_nan=False)
 
 
 @contextmanager
