@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loft_hpc.errors import LoftError
-from loft_hpc.files import read_tensors, write_atomically, write_tensors
+from loft_hpc.files import read_json, read_tensors, write_atomically, write_json, write_tensors
 from loft_hpc.jsontext import to_json_text
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.resnet import build
