@@ -101,7 +101,7 @@ def check(
     """
     ticket = Ticket.read(path)
     world.on_root(lambda: refuse_links_outside(path))
-    retraining, share = recipe(ticket), ticket.pruning_ratio
+    retraining, removed = recipe(ticket), ticket.pruning_ratio
     variants = variants_of(ticket, retraining.rewind)
     work = [(name, seed) for name in variants for seed in range(settings.seeds)]
     device, _ = place(retraining.computation.device, retraining.computation.precision, world)
@@ -134,7 +134,7 @@ def check(
     results = {(name, seed): accuracy for part in parts for name, seed, accuracy in part[0]}
     checked = judge_ticket({name: [results[name, seed] for seed in range(settings.seeds)] for name in variants}, settings.xi)
     emptied = {name: layers for name, variant in variants.items() if (layers := variant(0).mask.emptied())}
-    return replace(checked, note=note, pruning_ratio=share, emptied=emptied)
+    return replace(checked, note=note, pruning_ratio=removed, emptied=emptied)
 
 
 def _refuse_other_recipe(folder: Path, settings: RetrainSettings) -> None:

@@ -15,7 +15,7 @@ from loft_hpc.filterwise.loft import Loft, LoftSettings
 from loft_hpc.jobs.settings import from_json
 from loft_hpc.jobs.training_run import destination, prepare, train_into
 from loft_hpc.jobs.weights import starting_parameters
-from loft_hpc.models.architecture import MAX_WIDEN, MODEL_NAMES, architecture
+from loft_hpc.models.architecture import MODEL_NAMES, architecture
 from loft_hpc.models.resnet import build
 from loft_hpc.pipeline.gpipe import GPipe, PipelineSettings
 from loft_hpc.runs.run import Run
@@ -78,7 +78,7 @@ class PretrainSettings:
             raise LoftError("--epochs, --rounds and --batch-size must be at least 1", usage=True)
         if self.epochs > MAX_EPOCHS:
             raise LoftError(f"--epochs must be at most {MAX_EPOCHS:,}", usage=True)
-        refuse_outside(self, seed=(0, MAX_SEED), rounds=(1, MAX_ROUNDS), batch_size=(1, MAX_BATCH), widen=(0, MAX_WIDEN))
+        refuse_outside(self, seed=(0, MAX_SEED), rounds=(1, MAX_ROUNDS), batch_size=(1, MAX_BATCH))
         if self.widen is not None:
             try:
                 architecture(self.model, 1, widen=self.widen)

@@ -238,12 +238,12 @@ def test_pretrain_refuses(world, capsys, folder, trained):
     assert pretrain("--local-iterations", "0")[0] == 2
     assert "loft" in pretrain("--strategy", "data-parallel", "--partition", "all-blocks")[1]
     assert "normalisation needs 2" in pretrain("--model", "resnet20", "--batch-size", "1")[1]
-    assert pretrain("--widen", "inf")[0] == 1
+    assert pretrain("--widen", "inf")[0] == 2
     assert pretrain("--statistics-batch", "1")[0] == 2
     assert pretrain(*QUICK, "--run", folder / ("x" * 300))[0] == 1
     assert pretrain("--image-size", "16")[0] == 2
-    assert pretrain("--batch-size", "2000", "--model", "resnet20")[0] == 1
-    assert pretrain("--widen", "0.001")[0] == 1
+    assert pretrain("--batch-size", "2000", "--model", "resnet20")[0] == 2
+    assert pretrain("--widen", "0.001")[0] == 2
     assert pretrain("--device", "tpu")[0] == 2
     if not torch.cuda.is_available():
         assert "no GPU" in pretrain("--device", "cuda")[1]
