@@ -14,7 +14,7 @@ from loft_hpc.models.formats import FORMATS
 
 @click.command("export")
 @click.argument("path", metavar="RUN_OR_TICKET", type=click.Path())
-@click.option("--format", type=click.Choice(list(FORMATS)), help="Format of the file.  [default: as --output ends]")
+@click.option("--format", type=click.Choice(list(FORMATS)), help="Format of the file, as --output must end.  [default: as it ends]")
 @click.option("--output", required=True, type=click.Path(), help="File to write; with safetensors, a .json of the same name too.")
 @click.option(
     "--fold-normalisation",
@@ -44,7 +44,7 @@ def command(
     job: Job = context.obj
     chosen = format or Path(output).suffix.removeprefix(".")
     if chosen not in FORMATS:
-        raise click.UsageError(f"--output {output} has none of the endings .{', .'.join(FORMATS)}: name a file that has, or give --format")
+        raise click.UsageError(f"--output {output} has none of the endings .{', .'.join(FORMATS)}: give it one")
     settings = ExportSettings(Path(output), chosen, fold_normalisation)
     job.join()
     done = export(Path(path), settings, Reading(**reading), device, job.world)
