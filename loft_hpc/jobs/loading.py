@@ -105,6 +105,7 @@ def metadata(subject: Subject, fed: NetworkInput, accuracy: float | None, folded
         "run": _text(origin.get("run")),
         "method": _text(origin.get("method")),
         "ratio": _number(origin.get("ratio")),
+        "pruning_ratio": _number(origin.get("pruning_ratio")),
         "accuracy": accuracy,
     }
 
