@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from loft_hpc.cli.context import Job, Report
-from loft_hpc.cli.measuring import measure_options, measure_settings
+from loft_hpc.cli.measuring import NO_TRAINING_MEMORY, measure_options, measure_settings
 from loft_hpc.cli.options import device_option, fill, plot_option, reading_options
 from loft_hpc.data.registry import Reading
 from loft_hpc.jobs.compare import Contender, compare, to_fields
@@ -51,6 +51,8 @@ def command(context: click.Context, runs: tuple[str, ...], plot: Path | None, de
         "density: parameters that stay; FLOPs: share of the dense network's, a multiply-add counting 2, weights that are masked left out",
         f"intervals: 95 %, Student; speed-up: latency of {settings.latency_batch} images, dense over ticket",
     ]
+    if settings.latency_batch < 2:
+        notes.append(NO_TRAINING_MEMORY)
     if settings.energy:
         spent = contenders[0].measured.energy[0].energy
         notes.append(f"energy of inference from {spent.source}" + ("" if spent.measured else ": an estimate, not a measurement"))

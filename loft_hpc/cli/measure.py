@@ -10,7 +10,7 @@ import click
 from loft_hpc.analysis.energy import grams_per_million
 from loft_hpc.analysis.size import FLOPS_PER_MULTIPLY_ADD
 from loft_hpc.cli.context import Job, format_option, table
-from loft_hpc.cli.measuring import measure_options, measure_settings
+from loft_hpc.cli.measuring import NO_TRAINING_MEMORY, measure_options, measure_settings
 from loft_hpc.cli.options import device_option, fill, plot_option, reading_options, typed
 from loft_hpc.data.registry import Reading
 from loft_hpc.jobs.distances import Course, distances
@@ -89,7 +89,7 @@ def command(
     notes = [f"FLOPs per image, a multiply-add counting 2; latency: median of {settings.repetitions} passes"]
     notes += [f"note: {result.note}" for result in results if result.note]
     if settings.latency_batch < 2:
-        notes.append("no memory in training: BatchNorm needs two images, give a larger --latency-batch")
+        notes.append(NO_TRAINING_MEMORY)
     tables = [table(header, rows), *notes]
     if settings.energy:
         tables += ["", _energy_table(results, settings)]

@@ -8,6 +8,8 @@ from loft_hpc.analysis.energy import codecarbon_intensity
 from loft_hpc.cli.options import Decorator, fill, option, several
 from loft_hpc.jobs.measure import MeasureSettings
 
+NO_TRAINING_MEMORY = "no memory in training: BatchNorm needs two images, give a larger --latency-batch"
+
 
 def measure_options(energy: bool, robustness: bool) -> Decorator:
     """With the command's own defaults of what takes long."""

@@ -33,7 +33,7 @@ def refuse_outside(settings: Any, **bounds: tuple[float, float]) -> None:
     for name, (least, most) in bounds.items():
         value = getattr(settings, name)
         if value is not None and not least <= value <= most:  # NaN is not
-            raise LoftError(f"--{name.replace('_', '-')} {value:g} must lie between {least:,} and {most:,}", usage=True)
+            raise LoftError(f"--{name.replace('_', '-')} {value} must lie between {least:,} and {most:,}", usage=True)
 
 
 @dataclass(frozen=True)
