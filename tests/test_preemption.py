@@ -97,8 +97,7 @@ def test_every_warning_ends_a_training_with_a_checkpoint(tmp_path, warning):
 
 def test_warnings_count_from_the_first_moment_to_the_last(tmp_path):
     """All of them, again and again: before torch is loaded, while it is, in the training, and while the process leaves."""
-    command = [sys.executable, "-m", "loft_hpc", "pretrain", *SMALL, "--local-iterations", "1", "--run", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_alone(tmp_path / "run")
     status, caught = Path(f"/proc/{process.pid}/status"), 1 << (signal.SIGHUP - 1)
     while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & caught:
         assert process.poll() is None
@@ -109,6 +108,23 @@ def test_warnings_count_from_the_first_moment_to_the_last(tmp_path):
         time.sleep(0.02)
     out, err = process.communicate()
     assert process.returncode == 85 and "checkpoint written after step 1;" in err, out + err
+
+
+def test_mpi_does_not_take_the_closing_of_a_terminal_for_itself(tmp_path):
+    """Open MPI sets a handler of its own for HUP as it starts, in place of ours."""
+    process, log = start_alone(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    while not log.exists() or '"round"' not in log.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 85, out + err
+
+
+def start_alone(path: Path) -> subprocess.Popen:
+    """A training without a launcher, in a process of its own that ignores nothing."""
+    command = [sys.executable, "-m", "loft_hpc", "pretrain", *SMALL, "--local-iterations", "1", "--run", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])

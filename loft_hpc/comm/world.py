@@ -6,6 +6,8 @@ MPI_THREAD_MULTIPLE; the other order lets Horovod finalise MPI under mpi4py's fe
 
 import os
 import pickle
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -255,6 +257,7 @@ def start() -> World:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as problem:
         raise LoftError(f"MPI does not load ({problem}): run bin/setup, or load the MPI module that it was set up with") from None
+    _take_back_signals()
     said = launch.announced()
     size = MPI.COMM_WORLD.Get_size()
     if said and said[1] != size:
@@ -276,6 +279,13 @@ def start() -> World:
         tell(f"loft: rank {MPI.COMM_WORLD.Get_rank()}: Horovod does not start ({problem}): see loft doctor", error=True)
         MPI.COMM_WORLD.Abort(1)
         raise
+
+
+def _take_back_signals() -> None:
+    """Set this process's handlers again: MPI puts its own in their place as it starts (Open MPI 5: that of HUP), and nobody would be told."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGXCPU):
+            signal.signal(number, signal.getsignal(number) or signal.SIG_DFL)
 
 
 def _horovod(MPI: Any) -> tuple[Any, str]:
