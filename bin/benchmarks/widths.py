@@ -55,7 +55,9 @@ def main(
             f"{100 * size.flops / sizes[0].flops:.1f} %", f"{1e3 * seconds:.1f}", f"{timed[0].median_seconds / seconds:.2f}x",
         ])  # fmt: skip
     click.echo(table([model, "widths", "parameters", "of dense", "FLOPs of dense", f"ms/{batch} images", "speed-up"], rows))
-    click.echo(f"CPU, {threads} threads of torch, images of {channels}x{image_size}x{image_size}, {repetitions} passes in turns")
+    click.echo(
+        f"CPU, {threads} thread{'s' * (threads > 1)} of torch, images of {channels}x{image_size}x{image_size}, {repetitions} passes in turns"
+    )
 
 
 if __name__ == "__main__":
