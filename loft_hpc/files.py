@@ -21,6 +21,7 @@ from loft_hpc.jsontext import from_json_text, to_json_text
 JSON_BYTES = 32 << 20
 """No JSON file of ours is larger: the ledgers of 10,000 ranks fit. Reading one costs some twenty times its size in memory at worst."""
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEPTH = 32
 """Nor nested more deeply: what reads, compares and writes them again may recurse."""
 
@@ -184,8 +185,8 @@ def _tensors_and_checksum(path: Path, advice: str) -> tuple[dict[str, Tensor], s
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Name of the first tensor that holds NaN or infinity; empty where none does."""
-    return next((name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()), "")
+    """Name of the first tensor that holds NaN or infinity; empty where none does. Only types that networks have are looked into."""
+    return next((name for name, tensor in tensors.items() if tensor.dtype in _FLOATS and not tensor.isfinite().all()), "")
 
 
 def _memory_bytes() -> int:
