@@ -177,7 +177,8 @@ def _tensors_and_checksum(path: Path, advice: str) -> tuple[dict[str, Tensor], s
     if path.stat().st_size > _memory_bytes() // 2:
         raise LoftError(f"{path} holds more than half of this machine's memory: {advice}")
     try:
-        with safe_open(path, framework="pt") as file:
+        # by its handle: safetensors takes no path whose name is not UTF-8
+        with open_plain(path) as plain, safe_open(f"/proc/self/fd/{plain.fileno()}", framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dictionary; not the mapped file)
             return tensors, (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError, ValueError, AttributeError) as problem:  # AttributeError: a type that this torch does not have

@@ -174,3 +174,10 @@ def test_what_is_no_run_is_refused(tmp_path, content):
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(LoftError):
         Run.open(tmp_path)
+
+
+def test_tensors_lie_under_any_name(tmp_path):
+    """File names are bytes: one that is not UTF-8 is written and read as any other."""
+    path = tmp_path / "caf\udce9" / "model.safetensors"
+    write_tensors(path, {"weight": torch.ones(3)})
+    assert torch.equal(read_tensors(path)["weight"], torch.ones(3))
