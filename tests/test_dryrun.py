@@ -178,7 +178,7 @@ def test_data_sets_in_memory(name, opened):
     ("options", "code", "told"),
     [
         (("--dry-run", "--dataset", "imagefolder"), 2, "imagefolder has no shape of its own"),
-        (("--dry-run", "--resume", "--run", "x"), 2, "leave --resume away"),
+        (("--dry-run", "--resume", "--run", "x"), 2, "omit --resume"),
         (("--workers", "4"), 2, "--workers belongs to --dry-run"),
         (("--cluster", "ethernet-1g"), 2, "--cluster belongs to --dry-run"),
         (("--dry-run", "--workers", "0"), 2, "0 is not in the range"),
