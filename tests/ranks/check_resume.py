@@ -178,7 +178,7 @@ def test_ranks_that_drift_apart_are_found(world, folder, monkeypatch, capsys):
 @pytest.mark.parametrize("strategy", ["loft", "data-parallel", "gpipe"])
 def test_an_extended_run_is_the_longer_one(world, folder, strategy):
     """At a constant rate, to the last bit; the ledger's formula knows of the end in its middle and of checkpoints that came oftener."""
-    options = [*STRATEGIES[strategy], "--schedule", "constant", "--warmup", "3it", "--seed", "4"]
+    options = [*STRATEGIES[strategy], "--schedule", "constant", "--warmup", "3it", "--seed", "4", "--snapshot-every", "1ep"]
     if strategy == "loft":
         options += ["--local-iterations", "11", "--exchange", "alltoall"]  # rounds that end where the epoch does
     longer = pretrain(world, folder / f"longer {strategy}", *options)

@@ -35,7 +35,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             _world[0].abort(1)
 
 
-def pytest_sessionfinish() -> None:
-    """What tests/test_ranks.py reads."""
-    for file, outcomes in _outcomes.items():
-        print(f"\nranks: {file}: {outcomes['passed']} passed, {outcomes['failed']} failed in {outcomes['seconds']:.0f} s", flush=True)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
+    """At a file's end, what tests/test_ranks.py reads: a job that is aborted later leaves it."""
+    done = yield
+    if nextitem is None or nextitem.path != item.path:
+        outcomes = _outcomes[item.path.name]
+        print(
+            f"\nranks: {item.path.name}: {outcomes['passed']} passed, {outcomes['failed']} failed in {outcomes['seconds']:.0f} s",
+            flush=True,
+        )
+    return done
