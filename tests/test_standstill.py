@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,7 +20,7 @@ from launching import launch, loft, told
 from test_faults import FAULTS, FAULTY, LONG, alive, rank_processes, start_training, wait_for_checkpoint
 
 sys.path.insert(0, str(FAULTS))
-from faulty import EXCEPTION
+from faulty import EXCEPTION, HANG
 
 CHECKPOINTS = ("--checkpoint-every", "10it", "--local-iterations", "5")
 
@@ -74,21 +75,12 @@ def test_a_rank_that_stops_while_it_leaves_holds_nobody(tmp_path):
 
 
 def test_a_rank_that_does_not_get_on_is_named_with_its_place(tmp_path):
-    """It lives, and answers, but a file does not: a pipe stands for a file system that hangs."""
-    from test_data import make_folder
-
-    for folder in ("data", "hanging"):
-        make_folder(tmp_path / folder)
-    image = tmp_path / "hanging" / "train" / "cat" / "0.png"
-    image.unlink()
-    os.mkfifo(image)
-    common = ("loft", "pretrain", "--model", "resnet20", "--dataset", "imagefolder", "--image-size", "32", "--batch-size", "4", "--epochs", "500",
-              "--statistics-batches", "1", "--statistics-batch", "2", "--loader-workers", "0", "--stall-seconds", "4", "--run", str(tmp_path / "run"))  # fmt: skip
-    good, bad = ((*common, "--data-dir", str(tmp_path / folder)) for folder in ("data", "hanging"))
-    result = launch(1, *good, ":", "-np", "1", *bad, seconds=120)
-    assert result.code != 0
-    first = told(result)[0]
-    assert first.startswith("loft: rank 1 on ") and "does not get on in data/" in first, result.err
+    """It lives, and answers, but a call does not come back."""
+    process = start_training(2, tmp_path / "run", *LONG[1:], "--stall-seconds", "8", command=FAULTY)
+    pids = rank_processes(process)
+    os.kill(pids[1], HANG)
+    first = lines_of(end_of(process, pids))[0]
+    assert first.startswith("loft: rank 1 on ") and re.search(r"does not get on in \w+/\w+\.py", first), first
 
 
 def test_an_exception_on_one_rank_ends_the_job_with_all_that_helps_to_find_it(tmp_path):

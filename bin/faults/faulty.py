@@ -2,10 +2,11 @@
 
 import gc
 import signal
+import time
 
 from loft_hpc.cli.main import main
 
-EXCEPTION, NAN, BIT = signal.SIGRTMIN + 2, signal.SIGRTMIN, signal.SIGRTMIN + 1
+NAN, BIT, EXCEPTION, HANG = (signal.SIGRTMIN + number for number in range(4))
 
 
 def _parameters():
@@ -32,7 +33,13 @@ def flip_bit(*_: object) -> None:
     _parameters().values.view(torch.int32)[:1] ^= 1 << 20
 
 
+def hang(*_: object) -> None:
+    """A call that does not come back, as of a file system that does not answer."""
+    time.sleep(1000)
+
+
 if __name__ == "__main__":
+    signal.signal(HANG, hang)
     signal.signal(EXCEPTION, raise_exception)
     signal.signal(NAN, set_nan)
     signal.signal(BIT, flip_bit)

@@ -329,7 +329,7 @@ def test_sweep_refuses(world, capsys, folder, whole):
     assert refuse(world, capsys, "sweep", path, path / ".." / path.name)[0] == 2
     assert refuse(world, capsys, "sweep", path, "--at", "epoch:11")[0] == 1
     assert refuse(world, capsys, "sweep", path, "--name", "../x")[0] == 2
-    assert refuse(world, capsys, "sweep", path, "--plot", "x.pdf")[0] == 2
+    assert refuse(world, capsys, "sweep", path, "--plot", "x.jpg")[0] == 2
     assert refuse(world, capsys, "sweep", folder)[0] == 1
     retrained = path / "sweeps" / "default" / "magnitude-l2-0.8-epoch-2"
     code, told = refuse(world, capsys, "sweep", retrained)
