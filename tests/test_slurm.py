@@ -199,7 +199,7 @@ def test_a_cancelled_job_is_gone_and_can_be_gone_on_with(cluster, checkout, laun
     ("environment", "exit_code", "line"),
     [
         ({"LOFT_OPTIONS": "--epoch 3"}, "2:0", "loft: No such option '--epoch'"),
-        ({"LOFT_OPTIONS": "--widen 1 --lr 1e30"}, "1:0", "loft: the loss "),
+        ({"LOFT_OPTIONS": "--widen 1 --lr 1e30"}, "1:0", "loft: what rank 0 learnt, its loss or its parameters, is not finite"),
         ({"LOFT_LAUNCHER": "aprun"}, "1:0", "slurm: LOFT_LAUNCHER=aprun is not known: mpirun or srun"),
         ({"LOFT_HOME": "/nowhere"}, "1:0", "slurm: no /nowhere/slurm/common.sh: type sbatch in the checkout of loft-hpc, or set LOFT_HOME to it"),
     ],
