@@ -388,4 +388,4 @@ def test_the_theorems_figures_do_not_depend_on_the_ranks(world, capsys, folder):
     assert code == 1 and "--eta" in told
     assert refuse(world, capsys, "theory", "--patch-size", "3")[0] == 2
     assert refuse(world, capsys, "theory", "--eta", "-1")[0] == 2
-    assert refuse(world, capsys, "theory", "--plot", "x.pdf")[0] == 2
+    assert refuse(world, capsys, "theory", "--plot", "x.jpg")[0] == 2
