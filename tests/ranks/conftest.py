@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,16 +31,23 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed or report.when == "call":
         outcomes[report.outcome] += 1
     if report.failed and _world and _world[0].size > 1:
-        print(f"\nrank {_world[0].rank}: {report.nodeid} ({report.when})\n{report.longreprtext}", file=sys.stdout, flush=True)
+        print(
+            f"\nrank {_world[0].rank}: {report.nodeid} ({report.when})\n{report.longreprtext}",
+            file=sys.stdout,
+            flush=True,
+        )
         if not _world[0].failed_together(1.0):
             _world[0].abort(1)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
-    """At a file's end, what tests/test_ranks.py reads: a job that is aborted later leaves it."""
+    """At a file's end, what tests/test_ranks.py reads: a job that is aborted later leaves it.
+
+    pytest calls this one for the tests of every folder, once this file was read.
+    """
     done = yield
-    if nextitem is None or nextitem.path != item.path:
+    if item.path.parent == Path(__file__).parent and (nextitem is None or nextitem.path != item.path):
         outcomes = _outcomes[item.path.name]
         print(
             f"\nranks: {item.path.name}: {outcomes['passed']} passed, {outcomes['failed']} failed in {outcomes['seconds']:.0f} s",
