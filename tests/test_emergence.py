@@ -66,23 +66,38 @@ def swapped(size: int, *pairs: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 
 def test_patience_counts_successive_snapshots():
-    still, moved = swapped(10), swapped(10, (0, 1))
+    initial, moved, again = swapped(10, (2, 3)), swapped(10), swapped(10, (0, 1))
     emergence = Emergence(Stopping(stop_when_stable=True, tolerance=0.0, patience=2, stable_ratio=0.5))
-    seen = [emergence.see(snapshot) for snapshot in (still, still, moved, moved, moved, moved)]
+    seen = [emergence.see(snapshot) for snapshot in (initial, moved, moved, again, again, again, again)]
     assert seen[0].fields == {} and seen[0].distance is None
-    assert [observation.stop for observation in seen] == [False, False, False, False, True, True]
-    assert seen[2].distance == pytest.approx(1.5 * np.log(2) / expected_distance(10))
+    assert [observation.stop for observation in seen] == [False, False, False, False, False, True, True]
+    assert seen[3].distance == pytest.approx(1.5 * np.log(2) / expected_distance(10))
+
+
+@pytest.mark.parametrize("rule", ["filter-distance", "mask-distance"])
+def test_a_network_that_stays_at_its_initial_ranking_is_never_stable(rule):
+    """Nothing learnt does not move either. It counts from where the ranking is further from the initial one than the tolerance."""
+    scale = [2.0] * 5 + [1.0] * 5
+    at_start = [swapped(10) | scores(*range(10, 0, -1), scale=scale)] * 6
+    learnt = [scores(*range(10), scale=scale[::-1])] * 3
+    emergence = Emergence(Stopping(stop_when_stable=True, stability=rule, tolerance=0.1, patience=2, stable_ratio=0.5))
+    seen = [emergence.see(snapshot) for snapshot in at_start + learnt]
+    assert [observation.stop for observation in seen] == [False] * 8 + [True]
+    assert seen[5].fields["top_distance_to_initial"] == 0 == seen[5].fields["mask_distance_to_initial"]
+    assert seen[8].fields["top_distance_to_initial"] > 1 and seen[8].fields["mask_distance_to_initial"] == 1
 
 
 def test_only_the_filters_of_the_ticket_in_view_must_stand_still():
     emergence = Emergence(Stopping(stop_when_stable=True, tolerance=0.0, patience=1, stable_ratio=0.8))
-    first, bottom, top = (emergence.see(snapshot) for snapshot in (swapped(10), swapped(10, (8, 9)), swapped(10, (1, 2))))
-    assert not first.stop and bottom.stop and not top.stop
+    snapshots = (swapped(10, (0, 9)), swapped(10), swapped(10, (8, 9)), swapped(10, (1, 2)))
+    first, second, bottom, top = (emergence.see(snapshot) for snapshot in snapshots)
+    assert not first.stop and not second.stop and bottom.stop and not top.stop
     assert bottom.fields["top_distance_to_previous"] == 0 < bottom.fields["distance_to_previous"]
 
 
 def test_without_the_wish_to_stop_it_only_says_so():
-    emergence = Emergence(Stopping(tolerance=1.0, patience=1))
+    emergence = Emergence(Stopping(tolerance=0.0, patience=1))
+    emergence.see(swapped(10, (0, 1)))
     emergence.see(swapped(10))
     seen = emergence.see(swapped(10))
     assert seen.fields["stable"] and not seen.stop
@@ -90,8 +105,9 @@ def test_without_the_wish_to_stop_it_only_says_so():
 
 def test_early_birds_rule_looks_at_the_last_masks_together():
     """One filter of ten leaves the mask a snapshot, another enters: two entries of ten differ, then four from the mask before that."""
-    masks = [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]
-    drifting = [[0, 1, 2, 3, 4], [5, 1, 2, 3, 4], [5, 6, 2, 3, 4], [5, 6, 7, 3, 4]]
+    initial = [5, 6, 7, 8, 9]
+    masks = [initial, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]
+    drifting = [initial, [0, 1, 2, 3, 4], [5, 1, 2, 3, 4], [5, 6, 2, 3, 4], [5, 6, 7, 3, 4]]
 
     def stops(kept: list[list[int]], tolerance: float, patience: int) -> list[bool]:
         emergence = Emergence(
@@ -100,18 +116,18 @@ def test_early_birds_rule_looks_at_the_last_masks_together():
         snapshots = [scores(*range(10), scale=[2.0 if filter in mask else 1.0 for filter in range(10)]) for mask in kept]
         return [emergence.see(snapshot).stop for snapshot in snapshots]
 
-    assert stops(masks, 0.0, 2) == [False, False, False, False, True, True]
-    assert stops(masks, 0.2, 4) == [False, False, False, False, True, True]  # not before five masks are known
-    assert stops(drifting, 0.2, 1) == [False, True, True, True]
-    assert stops(drifting, 0.2, 2) == [False, False, False, False]  # each step is small, two together are not
+    assert stops(masks, 0.0, 2) == [False] * 5 + [True, True]
+    assert stops(masks, 0.2, 4) == [False] * 5 + [True, True]  # not before five masks are known that are not the initial one
+    assert stops(drifting, 0.2, 1) == [False, False, True, True, True]
+    assert stops(drifting, 0.2, 2) == [False] * 5  # each step is small, two together are not
 
 
 def test_what_was_seen_before_an_interruption_counts():
-    snapshots = [swapped(10), swapped(10), swapped(10)]
+    snapshots = [swapped(10, (0, 1)), swapped(10), swapped(10), swapped(10)]
     settings = Stopping(stop_when_stable=True, tolerance=0.0, patience=2)
-    whole, resumed = Emergence(settings), Emergence(settings, snapshots[:2])
-    assert [whole.see(snapshot).stop for snapshot in snapshots] == [False, False, True]
-    assert resumed.see(snapshots[2]).stop
+    whole, resumed = Emergence(settings), Emergence(settings, snapshots[:3])
+    assert [whole.see(snapshot).stop for snapshot in snapshots] == [False, False, False, True]
+    assert resumed.see(snapshots[3]).stop
 
 
 @pytest.mark.parametrize(

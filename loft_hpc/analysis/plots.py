@@ -162,11 +162,12 @@ class Point(Protocol):
     pruning_ratio: float
     """What was removed."""
     accuracy: float
-    dense_accuracy: float
+    dense_accuracy: float | None
 
 
 def plot_sweep(points: Sequence[Point], path: Path) -> None:
-    """Accuracy after retraining over the snapshot's epoch: a curve for each label and pruning ratio, a line for the network itself.
+    """Accuracy after retraining over the snapshot's epoch: a curve for each label and pruning ratio, and one for the dense network that was
+    retrained from the same snapshots.
 
     Several runs of one label are averaged; three and more with the 95 % interval of their mean (Student).
     """
@@ -183,8 +184,10 @@ def plot_sweep(points: Sequence[Point], path: Path) -> None:
                 epochs = [float(np.mean([point.epoch for point in group])) for group in groups]
                 means, halves = zip(*(_interval([100 * point.accuracy for point in group]) for group in groups), strict=True)
                 axes.errorbar(epochs, means, yerr=halves, color=colour, marker=marker, capsize=3, label=f"{label}, ticket retrained")
-                dense, _ = mean_interval([100 * accuracy for accuracy in {point.run: point.dense_accuracy for point in mine}.values()])
-                axes.axhline(dense, color=colour, linestyle="--", linewidth=1, label=f"{label}, not pruned, not retrained")
+                dense = [[point.dense_accuracy for point in group] for group in groups]
+                if all(accuracy is not None for accuracies in dense for accuracy in accuracies):
+                    means = [100 * float(np.mean(accuracies)) for accuracies in dense]
+                    axes.plot(epochs, means, color=colour, linestyle="--", linewidth=1, label=f"{label}, dense network retrained")
             axes.set_title(f"{100 * next(point.pruning_ratio for point in points if point.ratio == ratio):.4g} % pruned")
             axes.set_xlabel("epoch of pretraining whose ticket is retrained")
             axes.grid(alpha=0.3)
@@ -203,6 +206,7 @@ class Contender(Protocol):
 
     label: str
     kind: str
+    budget: str
     density: float
     mean: float
     half_width: float
@@ -210,30 +214,37 @@ class Contender(Protocol):
 
 
 def plot_tickets(contenders: Sequence[Contender], path: Path) -> None:
-    """Accuracy after retraining over density: a curve for each method, a line for the dense network; intervals where there are three runs."""
-    dense = [one for one in contenders if one.kind == "dense"]
-    tickets = [one for one in contenders if one.kind != "dense"]
+    """Accuracy after retraining over density: a panel for each budget, for others cannot be compared; in it a curve for each method
+    and a line for the dense network; intervals where there are three runs."""
     lines = {"filter": "-", "layer": ":", "weight": "--"}
-    with _figure(path, 1, 1, (9.5, 5.6)) as (_, panels):
-        axes = panels[0][0]
-        for label, (colour, marker) in zip(dict.fromkeys(one.label for one in tickets), _cycle(), strict=False):
-            mine = sorted((one for one in tickets if one.label == label), key=lambda one: one.density)
-            halves = [100 * one.half_width if len(one.accuracies) > 2 else float("nan") for one in mine]
-            axes.errorbar(
-                [100 * one.density for one in mine], [100 * one.mean for one in mine], yerr=halves, color=colour, marker=marker, capsize=3,
-                linestyle=lines.get(mine[0].kind, "-"), linewidth=1.2, markersize=5, label=label,
-            )  # fmt: skip
-        for one, style in zip(dense, ("-.", (0, (1, 1)), (0, (5, 5))) * len(dense), strict=False):
-            axes.axhline(100 * one.mean, color="0.4", linestyle=style, linewidth=1, label=one.label)
-        axes.set_xscale("log")
-        low, high = axes.get_xlim()
-        marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= mark <= high]
-        axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
-        axes.minorticks_off()
-        axes.set_xlabel("density: parameters that stay (%)")
-        axes.set_ylabel("test accuracy after retraining (%)")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    budgets = list(dict.fromkeys(one.budget for one in contenders if one.kind != "dense"))
+    budgets = budgets or list(dict.fromkeys(one.budget for one in contenders))
+    colours = dict(zip(dict.fromkeys(one.label for one in contenders if one.kind != "dense"), _cycle(), strict=False))
+    with _figure(path, len(budgets), 1, (9.5, 0.8 + 4.8 * len(budgets)), sharex=True) as (_, panels):
+        for (axes,), budget in zip(panels, budgets, strict=True):
+            here = [one for one in contenders if one.budget == budget]
+            for label, (colour, marker) in colours.items():
+                mine = sorted((one for one in here if one.label == label), key=lambda one: one.density)
+                if not mine:
+                    continue
+                halves = [100 * one.half_width if len(one.accuracies) > 2 else float("nan") for one in mine]
+                axes.errorbar(
+                    [100 * one.density for one in mine], [100 * one.mean for one in mine], yerr=halves, color=colour, marker=marker,
+                    capsize=3, linestyle=lines.get(mine[0].kind, "-"), linewidth=1.2, markersize=5, label=label,
+                )  # fmt: skip
+            dense = [one for one in here if one.kind == "dense"]
+            for one, style in zip(dense, ("-.", (0, (1, 1)), (0, (5, 5))) * len(dense), strict=False):
+                axes.axhline(100 * one.mean, color="0.4", linestyle=style, linewidth=1, label=one.label)
+            axes.set_title(budget, fontsize=9)
+            axes.set_xscale("log")
+            low, high = axes.get_xlim()
+            marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= mark <= high]
+            axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
+            axes.minorticks_off()
+            axes.set_ylabel("test accuracy (%)")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        panels[-1][0].set_xlabel("density: parameters that stay (%)")
 
 
 class Cell(Protocol):

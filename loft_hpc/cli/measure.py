@@ -88,6 +88,8 @@ def command(
     ]
     notes = [f"FLOPs per image, a multiply-add counting 2; latency: median of {settings.repetitions} passes"]
     notes += [f"note: {result.note}" for result in results if result.note]
+    if any(result.subject.kind == "ticket" for result in results):
+        notes.append("a ticket's accuracy is that before retraining: give the run of loft retrain for the one after it")
     if settings.latency_batch < 2:
         notes.append(NO_TRAINING_MEMORY)
     tables = [table(header, rows), *notes]

@@ -32,9 +32,11 @@ from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES
 from loft_hpc.filterwise.loft import MOMENTUM_RULES, LoftSettings
 from loft_hpc.jobs.pretrain import STRATEGIES, PretrainSettings, pretrain
 from loft_hpc.jobs.settings import flatten
+from loft_hpc.jobs.stops import stability, stability_fields, stability_sentence
 from loft_hpc.models.architecture import MODEL_NAMES
 from loft_hpc.models.groups import PARTITION_RULES
 from loft_hpc.pipeline.gpipe import PipelineSettings
+from loft_hpc.runs.run import Run
 from loft_hpc.screen import tell
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
@@ -51,11 +53,11 @@ loft_options = several(
 
 _own_limits = "  [default: {}]".format(", ".join(f"{{}} for {rule}" for rule in RULES))
 stopping_options = several(
-    option(Stopping, "stop_when_stable", "End pretraining when the rankings of the filters stand still from snapshot to snapshot.", is_flag=True),
-    option(Stopping, "stability", "What must stand still: the distance of rankings, or Early-Bird's masks by BatchNorm scale.", type=click.Choice(list(RULES))),
-    option(Stopping, "stable_ratio", "Pruning ratio of the ticket in view: the filters that it leaves must stand still.", type=float),
-    option(Stopping, "tolerance", "Distance up to which they do: 0 none, 1 that of random rankings (masks: share that differs)." + _own_limits.format(*(tolerance for tolerance, _ in RULES.values())), type=float),
-    option(Stopping, "patience", "Snapshots for which they must." + _own_limits.format(*(patience for _, patience in RULES.values())), type=int),
+    option(Stopping, "stop_when_stable", "End pretraining when the rankings of the filters are stable from snapshot to snapshot, and have left the initial ones.", is_flag=True),
+    option(Stopping, "stability", "What must be stable: the distance of rankings, or Early-Bird's masks by BatchNorm scale.", type=click.Choice(list(RULES))),
+    option(Stopping, "stable_ratio", "Pruning ratio of the ticket in view: the ranking of the filters that it keeps must be stable.", type=float),
+    option(Stopping, "tolerance", "Distance up to which they count as stable: 0 the same, 1 as far as random rankings (masks: share that differs)." + _own_limits.format(*(tolerance for tolerance, _ in RULES.values())), type=float),
+    option(Stopping, "patience", "Number of stable snapshots in a row." + _own_limits.format(*(patience for _, patience in RULES.values())), type=int),
 )  # fmt: skip
 
 pipeline_options = several(
@@ -160,6 +162,13 @@ def command(context: click.Context, run_path: str | None, resume: bool, extend_t
         "stopped_early": outcome.stopped_early,
         "synthetic_data": settings.data.synthetic,
     }
+    stable = world.on_root(lambda: stability(Run.open(path)))
+    fields["stability"] = stability_fields(stable)
     merged = "merged network" if settings.strategy == "loft" and world.size > 1 else "network"
-    text = f"test accuracy of the {merged}: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})\nrun: {path}"
-    job.show(format, fields, text)
+    text = f"test accuracy of the {merged}: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})"
+    lines = [text, *([] if stable is None else [stability_sentence(stable)])]
+    if settings.strategy == "loft" and world.size == 1:
+        lines.append(
+            "note: one rank alone trains the whole network: ordinary training, no filters were exchanged (mpirun -np 4 loft pretrain)"
+        )
+    job.show(format, fields, "\n".join([*lines, f"run: {path}", f"next: loft prune {path}"]))

@@ -67,4 +67,4 @@ class Progress:
         if self._bar:
             self._bar.render_finish()
         if self._speaks:
-            tell(f"the filters' rankings stand still: stopped after {epoch:g} of {epochs} epochs")
+            tell(f"the filters' rankings are stable: stopped after {epoch:g} of {epochs} epochs")

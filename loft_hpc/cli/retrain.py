@@ -25,7 +25,9 @@ from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings, Reading
+from loft_hpc.jobs.comparable import dense_ticket
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, other_data, retrain, ticket_data
+from loft_hpc.runs.run import Run
 from loft_hpc.screen import tell
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
@@ -35,6 +37,7 @@ from loft_hpc.training.watching import Oversight
 @click.command("retrain")
 @click.argument("ticket", type=click.Path())
 @preset_option("retrain")
+@click.option("--dense", is_flag=True, help="TICKET is a pretraining run: retrain its dense network, to compare tickets with.")
 @option(
     RetrainSettings,
     "rewind",
@@ -65,7 +68,7 @@ from loft_hpc.training.watching import Oversight
 @format_option
 @click.pass_context
 def command(
-    context: click.Context, ticket: str, dataset: str | None, run_path: str | None, resume: bool,
+    context: click.Context, ticket: str, dense: bool, dataset: str | None, run_path: str | None, resume: bool,
     extend_to: int | None, format: str, **options: Any,
 ) -> None:  # fmt: skip
     """Train TICKET, the physically smaller network, data-parallel over all ranks, on the data that it was found on, or on --dataset.
@@ -73,6 +76,8 @@ def command(
     Examples: mpirun -np 4 loft retrain runs/RUN/tickets/magnitude-l2-0.8
 
     loft retrain runs/RUN/tickets/magnitude-l2-0.8 --dataset imagefolder --data-dir flowers
+
+    mpirun -np 4 loft retrain runs/RUN --dense
     """
     job: Job = context.obj
     if dataset is None and (strange := sorted(typed(context) & {"image_size", "download"})):
@@ -89,7 +94,7 @@ def command(
     fill(RetrainSettings, options, data=DataSettings(), **parts)
     supervision = fill(Supervision, options)
     job.join()
-    source = Ticket.read(Path(ticket))
+    source = dense_ticket(Run.open(Path(ticket))) if dense else Ticket.read(Path(ticket))
     if dataset is None:
         data = ticket_data(source).read(fill(Reading, options))
     else:
@@ -114,4 +119,7 @@ def command(
         "wall_seconds": outcome.wall_seconds,
         "notes": progress.notes,
     }
-    job.show(format, fields, f"test accuracy of the ticket: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})\nrun: {path}")
+    what = "dense network" if dense else "ticket"
+    lines = [f"test accuracy of the {what}: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})", f"run: {path}"]
+    lines.append(f"next: loft compare {path} TICKETS" if dense else f"next: loft check {ticket}     # is it a winning ticket?")
+    job.show(format, fields, "\n".join(lines))

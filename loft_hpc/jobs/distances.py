@@ -1,7 +1,7 @@
 """`loft measure --distance-to`: how far a run's rankings of its filters are from others, snapshot by snapshot."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import torch
 from loft_hpc.analysis.distance import GroupDistance, mean_normalised, score_distance
 from loft_hpc.errors import LoftError
 from loft_hpc.files import read_tensors
-from loft_hpc.filterwise.emergence import Emergence, Stopping
 from loft_hpc.jobs.measure import open_subject
 from loft_hpc.jobs.retrain import snapshot_name
 from loft_hpc.models.architecture import Architecture
@@ -119,10 +118,3 @@ def _reference(run: Run, reference: str, criterion: str) -> Ranked:
         return found
     subject = open_subject(Path(reference))
     return _ranked(subject.architecture, subject.state, criterion, subject.path)
-
-
-def stopping_step(path: Path, stopping: Stopping) -> int | None:
-    """The step after which a run would have stopped under other settings than its own, from its recorded scores; None for never."""
-    run = Run.open(path)
-    emergence = Emergence(replace(stopping, stop_when_stable=True))
-    return next((step for step in run.snapshots.score_steps() if emergence.see(run.snapshots.read_scores(step)).stop), None)

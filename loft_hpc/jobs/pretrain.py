@@ -104,7 +104,7 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     With `resume`, a run at `path` is continued from its newest checkpoint; where there is none yet, one is started, and one that is
     done is left as it is.
     """
-    where = destination(settings, path, resume, (settings.model, settings.data.dataset, settings.strategy), world)
+    where = destination(settings, path, resume, world)
     if where.finished:
         return where.path, where.finished
     workplace = prepare(settings, world)
@@ -131,6 +131,7 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     else:
         strategy = DataParallel(network, None, initial, *common, precision, device, world)
         details = {"parameters": parameters}
+    where = where.claimed((settings.model, settings.data.dataset, settings.strategy), world)
     outcome = train_into(
         where, "pretrain", strategy, settings, network, None, details | started_from, order, workplace, world, oversight, settings.stopping
     )

@@ -1,7 +1,7 @@
 """What pretraining and retraining have in common: a place to compute, and a run on disk that a strategy trains into."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,10 +65,18 @@ def prepare(settings: TrainingSettings, world: World) -> Workplace:
 class Destination:
     """The run to train into: a new one, or one to go on with."""
 
-    path: Path
+    path: Path | None
+    """None until a folder of the default name is claimed."""
     earlier: Run | None
     extended: bool = False
     """Whether it goes on beyond the end that it was planned to have."""
+
+    def claimed(self, name: tuple[str, str, str], world: World) -> "Destination":
+        """With a path: without --run runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, `name` being the first three. Collective.
+
+        Called when all else is known to be in order: a start that is refused leaves no empty folder.
+        """
+        return self if self.path else replace(self, path=world.on_root(lambda: claim_default_path(*name, world.size)))
 
     @property
     def finished(self) -> Outcome | None:
@@ -88,16 +96,14 @@ class Destination:
             raise LoftError(f"{self.path / 'run.json'} says done, but not with what ({problem}): restore it") from None
 
 
-def destination(settings: TrainingSettings, path: Path | None, resume: bool, name: tuple[str, str, str], world: World) -> Destination:
-    """Where to train into; by default runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, `name` being the first three. Collective.
+def destination(settings: TrainingSettings, path: Path | None, resume: bool, world: World) -> Destination:
+    """Where to train into. Collective.
 
     Raises LoftError where the ranks were started with different settings (but for where each finds the data) or software.
     """
     options = {option_of(name): value for name, value in agreed(settings).items()}
     refuse_disagreement(options | {"--run": path, "--resume": resume} | software(), world)
-    if path is None:
-        return Destination(world.on_root(lambda: claim_default_path(*name, world.size)), None)
-    if not (resume and world.on_root(lambda: (path / "run.json").exists())):
+    if path is None or not (resume and world.on_root(lambda: (path / "run.json").exists())):
         return Destination(path, None)
     run = Run.open(path)
     return Destination(path, run, settings.epochs != run.configuration.get("epochs", settings.epochs))
