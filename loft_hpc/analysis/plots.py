@@ -92,6 +92,13 @@ class Row(Protocol):
     def mean_normalised(self) -> float: ...
 
 
+class Stability(Protocol):
+    """Where a run's rankings are stable."""
+
+    epoch: float | None
+    tolerance: float
+
+
 class Course(Protocol):
     """A run's distances over its pretraining."""
 
@@ -99,55 +106,46 @@ class Course(Protocol):
     label: str
     rows: Sequence[Row]
     losses: Sequence[tuple[float, float]]
+    stability: Stability | None
+    moves: Sequence[tuple[float, float]]
 
 
 def plot_distances(courses: Sequence[Course], path: Path, reference: str) -> None:
-    """The poster's heat map of each run, layers by epochs, darker being closer, over its loss on the same axis.
+    """The poster's heat map of each run, layers by epochs, darker being closer; under it the mean distance, and the training loss.
 
-    For several runs a third row shows their mean distances together; all heat maps have one scale of colours.
+    Distances are shown from 0 (the same ranking) to 1 (a random one), whatever the run. Beside the mean stands what the rule of
+    --stop-when-stable compares, with its tolerance and the epoch at which it ends the training.
     """
-    several = len(courses) > 1
-    heights = [2.2, 1.2] + [1.6] * several
-    width = 5.2 if several else 7.5
-    highest = max(group.normalised for course in courses for row in course.rows for group in row.groups) or 1.0
-    with _figure(path, len(heights), len(courses), (width * len(courses), 2.0 * sum(heights)), height_ratios=heights, sharex="col") as (
-        figure,
-        panels,
-    ):
-        for course, (heat, loss) in zip(courses, panels[:2].T, strict=True):
+    heights = [2.2, 1.6, 1.0]
+    width = 5.2 if len(courses) > 1 else 7.5
+    size = (width * len(courses), 2.0 * sum(heights))
+    with _figure(path, len(heights), len(courses), size, height_ratios=heights, sharex="col", sharey="row") as (figure, panels):
+        for course, (heat, mean, loss) in zip(courses, panels.T, strict=True):
             epochs = np.array([row.epoch for row in course.rows])
             values = np.array([[group.normalised for group in row.groups] for row in course.rows]).T
             names = [group.group for group in course.rows[0].groups]
-            mesh = heat.pcolormesh(_edges(epochs), np.arange(len(names) + 1), values, cmap="magma", vmin=0, vmax=highest)
+            mesh = heat.pcolormesh(_edges(epochs), np.arange(len(names) + 1), values, cmap="magma", vmin=0, vmax=1)
             heat.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
-            heat.invert_yaxis()
+            heat.set_ylim(len(names), 0)
             heat.set_title(course.label)
+            mean.plot(epochs, [row.mean_normalised for row in course.rows], "o-", color="#0072B2", label=_reference_name(reference))
+            if course.moves and reference != "previous":
+                mean.plot(*zip(*course.moves, strict=True), "s--", color="#D55E00", label="the snapshot before (filters in view)")
+            mean.set_ylim(0, 1.05)
+            mean.grid(alpha=0.3)
             loss.plot(*zip(*course.losses, strict=True), color="black", marker=".")
-            loss.set_ylabel("training loss")
             loss.set_xlabel("epochs of pretraining")
-            loss.tick_params(labelbottom=True)
             loss.grid(alpha=0.3)
+            stable = course.stability
+            if stable is not None:
+                mean.axhline(stable.tolerance, color="0.4", linestyle=":", label=f"tolerance {stable.tolerance:g}")
+                for axes in (heat, mean, loss) if stable.epoch is not None else ():
+                    axes.axvline(stable.epoch, color="#009E73", linewidth=1.5, label="rule ends the training")
+            mean.legend(fontsize=7, title="distance to", title_fontsize=7)
+        panels[1][0].set_ylabel("mean over layers")
+        panels[2][0].set_ylabel("training loss")
         figure.colorbar(mesh, ax=list(panels[0]), label="filter distance / that of a random ranking", fraction=0.05)
         figure.suptitle(f"Filter distance of each snapshot to {_reference_name(reference)} (darker: closer)", fontsize=11)
-        if several:
-            _mean_distances(figure, panels[2], courses)
-
-
-def _mean_distances(figure: Any, places: Sequence[Any], courses: Sequence[Course]) -> None:
-    """One panel over the whole width, in place of the row's own."""
-    grid = places[0].get_gridspec()
-    for axes in places:
-        axes.remove()
-    together = figure.add_subplot(grid[-1, :])
-    distinct = len({course.label for course in courses}) == len(courses)
-    for course, (colour, marker) in zip(courses, _cycle(), strict=False):
-        points = [(row.epoch, row.mean_normalised) for row in course.rows]
-        together.plot(*zip(*points, strict=True), color=colour, marker=marker, label=course.label if distinct else str(course.path))
-    together.set_xlabel("epochs of pretraining")
-    together.set_ylabel("mean over layers")
-    together.set_ylim(bottom=0)
-    together.grid(alpha=0.3)
-    together.legend()
 
 
 class Point(Protocol):

@@ -34,7 +34,7 @@ from loft_hpc.models.scores import CRITERIA
     help="Pruning ratio in view of --distance-to: only the filters that it leaves count (0: all).",
 )
 @plot_option(
-    "the distances as a heat map of layers and epochs (darker is closer) over the loss; for several runs their mean distances too."
+    "the distances as a heat map of layers and epochs (darker is closer), their mean with the rule that ends a training, and the loss."
 )
 @reading_options
 @measure_options(energy=False, robustness=False)

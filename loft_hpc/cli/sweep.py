@@ -116,7 +116,7 @@ def command(
         from loft_hpc.analysis.plots import plot_sweep
 
         job.once(lambda: plot_sweep(points, plot))
-    stops = earliest_stops(points)
+    stops = [(stop, stop.saved()) for stop in earliest_stops(points)]
     fields = [{**asdict(point), "run": str(point.run), "retrained": str(point.retrained)} for point in points]
     rows = [
         [str(point.run), point.label, point.snapshot, removed_text(point.pruning_ratio, point.ratio), f"{100 * point.accuracy:.2f} %",
@@ -128,5 +128,5 @@ def command(
     notes.append("against dense: points over the dense network that was retrained from the same snapshot by the same recipe")
     if any(point.dense_accuracy is None for point in points):
         notes.append("it is empty where that was not trained: give the same command with --dense")
-    lines = [table(header, rows), *notes, *(stop_sentence(stop) for stop in stops)]
-    job.show(format, {"points": fields, "stops": [stop_fields(stop) for stop in stops]}, "\n".join(lines))
+    lines = [table(header, rows), *notes, *(stop_sentence(*stop) for stop in stops)]
+    job.show(format, {"points": fields, "stops": [stop_fields(*stop) for stop in stops]}, "\n".join(lines))

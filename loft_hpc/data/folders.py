@@ -13,7 +13,7 @@ from loft_hpc.data.index import Index, fingerprint_of, index_of
 from loft_hpc.data.listing import list_split
 from loft_hpc.data.loader import NORMALISATION, Images, Key, Loader
 from loft_hpc.data.order import Order
-from loft_hpc.data.registry import DataSettings
+from loft_hpc.data.registry import DataSettings, loader_processes
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import stem_for
 
@@ -37,7 +37,8 @@ class FolderDataSet(DataSet):
         train, test = (splits[split] for split in SPLITS)
         self.images = Images(folder, splits, size)
         # Evaluations come in the middle of the training, whose loader goes on reading ahead meanwhile.
-        self._training, self._evaluating = (Loader(self.images, settings.loader_workers, device) for _ in range(2))
+        workers = loader_processes(settings.loader_workers, world)
+        self._training, self._evaluating = (Loader(self.images, workers, device) for _ in range(2))
         self._device = device
         self._train_labels = train.labels.long()
         self._stream: tuple[list[Order], int, Iterator[Batch]] | None = None

@@ -14,6 +14,8 @@ from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import stem_for
 
 _LABEL_BYTES = 8
+MOST_CHOSEN = 8
+"""Loader processes that are started unasked."""
 IMAGE_SIZES = range(8, 1025)
 
 
@@ -83,8 +85,8 @@ class DataSettings:
     """Height and width in pixels; None for the data set's own. digits, Fashion-MNIST and CIFAR have a fixed one."""
     download: bool = field(default=False, metadata={"ordered": True})
     """Fetch them first. Somebody's run is no order to write into `data_dir`: of settings on disk this one is not read."""
-    loader_workers: int = 2
-    """Processes per rank that decode image files (imagenet, imagefolder)."""
+    loader_workers: int | None = None
+    """Processes per rank that decode image files (imagenet, imagefolder); None for one less than the rank has cores, at most 8."""
     leave_out: tuple[str, ...] = ()
     """Images that are no part of the data (imagenet, imagefolder), named as in the index: train/CLASS/IMAGE."""
 
@@ -113,7 +115,7 @@ class DataSettings:
             raise LoftError(f"--image-size {self.image_size} must lie between {IMAGE_SIZES[0]} and {IMAGE_SIZES[-1]}", usage=True)
         if self.dataset == "synthetic" and (self.image_size or 0) > 256:
             raise LoftError("synthetic images have at most 256 pixels per side, for they lie in memory: lower --image-size", usage=True)
-        if not 0 <= self.loader_workers <= MAX_LOADER_WORKERS:
+        if self.loader_workers is not None and not 0 <= self.loader_workers <= MAX_LOADER_WORKERS:
             raise LoftError(f"--loader-workers {self.loader_workers} must lie between 0 and {MAX_LOADER_WORKERS}", usage=True)
         if "\0" in self.data_dir:
             raise LoftError("--data-dir names no folder: it holds a null byte", usage=True)
@@ -125,6 +127,12 @@ class DataSettings:
             raise LoftError("images that are left out are named train/CLASS/IMAGE or val/CLASS/IMAGE")
         # recorded whole, so that a run can be resumed from any folder
         object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
+
+
+def loader_processes(wanted: int | None, world: World) -> int:
+    """Processes of a rank that decode image files. Each computes all the time, so more than the cores that are left stand in the way."""
+    cores = world.cores or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    return min(MOST_CHOSEN, cores - 1) if wanted is None else wanted
 
 
 def open_data(settings: DataSettings, device: torch.device, world: World) -> DataSet:

@@ -138,7 +138,9 @@ class Stop:
 
     label: str
     ratio: float
-    runs: int
+    runs: tuple[Path, ...]
+    epochs: tuple[float, ...]
+    """Done at that snapshot, by run."""
     snapshot: str
     last: str
     difference: float
@@ -147,7 +149,12 @@ class Stop:
     """Of its 95 % interval; not a number for one run."""
     at_start: bool
     """Whether it is the first snapshot that was looked at: then these data do not show what pretraining is good for."""
-    saved: Saved
+
+    def saved(self) -> Saved:
+        """By ending there, from what the runs say about themselves."""
+        runs = [Run.open(path) for path in self.runs]
+        steps = [round(epoch * run.required("steps_per_epoch", int)) for run, epoch in zip(runs, self.epochs, strict=True)]
+        return saved(runs, steps)
 
 
 def earliest_stops(points: Sequence[Point]) -> list[Stop]:
@@ -166,12 +173,9 @@ def earliest_stops(points: Sequence[Point]) -> list[Stop]:
         first = len(common) - 1
         while first and _near(*differences[common[first - 1]]):
             first -= 1
-        name, runs = common[first], [Run.open(own[0].run) for own in by_run]
-        steps = [
-            round(next(p.epoch for p in own if p.snapshot == name) * run.required("steps_per_epoch", int))
-            for own, run in zip(by_run, runs, strict=True)
-        ]
-        found.append(Stop(label, ratio, len(runs), name, common[-1], *differences[name], not first, saved(runs, steps)))
+        name, paths = common[first], tuple(own[0].run for own in by_run)
+        epochs = tuple(next(point.epoch for point in own if point.snapshot == name) for own in by_run)
+        found.append(Stop(label, ratio, paths, epochs, name, common[-1], *differences[name], not first))
     return found
 
 
@@ -179,36 +183,37 @@ def _near(difference: float, half_width: float) -> bool:
     return difference - (half_width if half_width == half_width else 0.0) >= -NEAR
 
 
-def stop_sentence(stop: Stop) -> str:
-    """The answer to the question whether this pretraining could have stopped earlier."""
-    who = f"{stop.label}, {100 * stop.ratio:.4g} % pruned ({stop.runs} run{'s' * (stop.runs > 1)})"
+def stop_sentence(stop: Stop, saving: Saved) -> str:
+    """The answer to the question whether this pretraining could have stopped earlier, and what that saves."""
+    runs = len(stop.runs)
+    who = f"{stop.label}, {100 * stop.ratio:.4g} % pruned ({runs} run{'s' * (runs > 1)})"
     if stop.snapshot == stop.last:
         return f"{who}: pretraining could not have stopped earlier: no ticket before {stop.last} is surely within {NEAR:g} point of its own"
     interval = f" +- {stop.half_width:.2f}" if stop.half_width == stop.half_width else ", one run, no interval"
     said = (
         f"{who}: pretraining could have stopped at {stop.snapshot} of {stop.last}: from there on tickets are within {NEAR:g} point of the "
-        f"last one ({stop.difference:+.2f}{interval}); saves {_percent(stop.saved.epochs)} of the epochs, "
-        f"{_percent(stop.saved.payload_bytes)} of the bytes"
+        f"last one ({stop.difference:+.2f}{interval}); saves {_percent(saving.epochs)} of the epochs, "
+        f"{_percent(saving.payload_bytes)} of the bytes"
     )
     if stop.at_start:
         said += ". That is the first snapshot looked at: these data do not tell when the ticket was there"
     return said
 
 
-def stop_fields(stop: Stop) -> dict[str, Any]:
+def stop_fields(stop: Stop, saving: Saved) -> dict[str, Any]:
     """For JSON: units in the names."""
     return {
         "strategy": stop.label,
         "ratio": stop.ratio,
-        "runs": stop.runs,
+        "runs": len(stop.runs),
         "snapshot": stop.snapshot,
         "last_snapshot": stop.last,
         "difference_points": stop.difference,
         "difference_half_width_points": finite_or_none(stop.half_width),
         "at_start": stop.at_start,
-        "saved_epochs_share": stop.saved.epochs,
-        "saved_payload_bytes_share": stop.saved.payload_bytes,
-        "saved_wall_seconds_share": stop.saved.wall_seconds,
+        "saved_epochs_share": saving.epochs,
+        "saved_payload_bytes_share": saving.payload_bytes,
+        "saved_wall_seconds_share": saving.wall_seconds,
     }
 
 

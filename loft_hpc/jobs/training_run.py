@@ -9,6 +9,7 @@ import torch
 
 from loft_hpc.analysis.energy import Meter, energy_of_ranks, gpus_of
 from loft_hpc.comm.world import World
+from loft_hpc.data.catalogue import IMAGE_FOLDERS
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
 from loft_hpc.data.registry import DataSettings, open_data
@@ -51,6 +52,8 @@ class Workplace:
     placements: list[Placement]
     """Of all ranks."""
     data: DataSet
+    note: str | None = None
+    """About how it reads, where that is in the way of computing."""
 
 
 def prepare(settings: TrainingSettings, world: World) -> Workplace:
@@ -58,7 +61,10 @@ def prepare(settings: TrainingSettings, world: World) -> Workplace:
     device, placement = place(settings.computation.device, settings.computation.precision, world)
     data = open_data(settings.data, device, world)
     refuse_disagreement({f"the images of {data.info.name}, SHA-256": data.info.fingerprint}, world)
-    return Workplace(device, world.gather_objects(placement), data)
+    note, wanted = None, settings.data.loader_workers
+    if settings.data.dataset in IMAGE_FOLDERS and wanted is not None and wanted > world.cores:
+        note = f"{wanted} loader processes for each rank, which has {world.cores} of the cores: --loader-workers {world.cores - 1} leaves one to compute"
+    return Workplace(device, world.gather_objects(placement), data, note)
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,8 @@ def train_into(
     With `stopping`, the filters' rankings are followed, and the training may end when they stand still.
     """
     lock = RunLock(where.path)
-
+    if workplace.note:
+        oversight.watcher.noted(workplace.note)
     if where.earlier and (ranks := where.earlier.required("world_size", int)) != world.size:
         if not strategy.any_world_size:
             raise LoftError(f"{where.path} was started with {ranks} ranks: resume it with as many, not {world.size}")
