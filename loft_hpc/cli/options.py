@@ -187,7 +187,7 @@ checkpoint_options = several(
 
 supervision_options = several(
     option(
-        Supervision, "stall_seconds", "End the job when a rank gives no sign of life, or does not get on, for so many seconds (0: never).",
+        Supervision, "stall_seconds", "End the job when a rank sends no heartbeat, or makes no progress, for so many seconds (0: never).",
         type=float,
     ),
     click.option(

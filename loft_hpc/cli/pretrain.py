@@ -43,12 +43,12 @@ from loft_hpc.training.watching import Oversight
 
 loft_options = several(
     option(LoftSettings, "local_iterations", "SGD steps of a worker between two exchanges.", type=int),
-    option(LoftSettings, "partition", "Blocks whose filters are dealt: the poster's (not stage 1, not strided blocks) or all.", type=click.Choice(PARTITION_RULES)),
-    option(LoftSettings, "exchange", "How filters reach who trains them next: all to every rank, or each to that rank alone.", type=click.Choice(list(EXCHANGES))),
-    option(LoftSettings, "average_every", "Rounds between two averagings of the shared parameters (an epoch's end always averages).", type=int),
-    option(LoftSettings, "transport_dtype", "Type of what travels; float32 is kept at home.", type=click.Choice(list(TRANSPORT_DTYPES))),
-    option(LoftSettings, "momentum_across_rounds", "Start momentum at 0 every round, or let it travel with its parameters.", type=click.Choice(MOMENTUM_RULES)),
-    option(LoftSettings, "shard_data", "Disjoint shards of every epoch for the ranks, in place of all data in an order of their own.", is_flag=True),
+    option(LoftSettings, "partition", "Blocks whose filters are partitioned over the ranks: the paper's (not stage 1, not strided blocks) or all.", type=click.Choice(PARTITION_RULES)),
+    option(LoftSettings, "exchange", "How filters reach the rank that trains them next: allgather sends all to every rank, alltoall each to that rank alone.", type=click.Choice(list(EXCHANGES))),
+    option(LoftSettings, "average_every", "Rounds between two averagings of the parameters that all ranks share (an epoch's end always averages).", type=int),
+    option(LoftSettings, "transport_dtype", "Type in which parameters are sent; every rank keeps float32.", type=click.Choice(list(TRANSPORT_DTYPES))),
+    option(LoftSettings, "momentum_across_rounds", "Momentum at the start of a round: zero (reset), or sent with its parameters (carry).", type=click.Choice(MOMENTUM_RULES)),
+    option(LoftSettings, "shard_data", "Split every epoch's images over the ranks, in place of each rank seeing all of them in an order of its own.", is_flag=True),
 )  # fmt: skip
 
 _own_limits = "  [default: {}]".format(", ".join(f"{{}} for {rule}" for rule in RULES))
@@ -61,7 +61,7 @@ stopping_options = several(
 )  # fmt: skip
 
 pipeline_options = several(
-    option(PipelineSettings, "micro_batches", "Parts that gpipe cuts each batch into.", type=int),
+    option(PipelineSettings, "micro_batches", "Micro-batches that gpipe cuts each batch into.", type=int),
     option(
         PipelineSettings, "split", "Where gpipe cuts the network: stages, balanced (by FLOPs), or after these blocks: 3,7,13.", type=str
     ),
@@ -72,7 +72,7 @@ pipeline_options = several(
 @click.command("pretrain")
 @preset_option("pretrain")
 @option(PretrainSettings, "strategy", "How the ranks train together.", type=click.Choice(STRATEGIES))
-@option(PretrainSettings, "model", "Residual network.", type=click.Choice(MODEL_NAMES), metavar="MODEL")
+@option(PretrainSettings, "model", f"Residual network: {', '.join(MODEL_NAMES)}.", type=click.Choice(MODEL_NAMES), metavar="MODEL")
 @option(PretrainSettings, "widen", "Hidden filters as a multiple of the stage's width.  [default: 2 for wideresnet, else 1]", type=float)
 @option(
     PretrainSettings,
@@ -90,7 +90,7 @@ pipeline_options = several(
 @loft_options
 @pipeline_options
 @optimisation_options()
-@option(PretrainSettings, "seed", "Decides initialisation, deals, data order and augmentation.", type=int)
+@option(PretrainSettings, "seed", "Decides initialisation, partitions, data order and augmentation.", type=int)
 @snapshot_options()
 @stopping_options
 @checkpoint_options
@@ -105,9 +105,10 @@ pipeline_options = several(
 def command(context: click.Context, run_path: str | None, resume: bool, extend_to: int | None, format: str, **options: Any) -> None:
     """Train a network over all ranks so that its winning ticket can be drawn from it.
 
-    With --strategy loft every rank trains a narrow sub-network that holds a random share of every dealt block's hidden filters;
-    after --local-iterations steps the ranks exchange them and the filters are dealt anew. data-parallel and gpipe are the baselines:
-    every rank the whole network and a part of each batch; every rank a part of the network and each batch in micro-batches.
+    With --strategy loft every rank trains a narrow sub-network that holds a random share of the hidden filters; after
+    --local-iterations steps the ranks exchange them, and the filters are reassigned to the ranks at random. The baselines: data-parallel
+    (every rank trains the whole network on a part of each batch) and gpipe (every rank holds a part of the network, and batches pass
+    through them in micro-batches).
 
     Example: mpirun -np 4 loft pretrain --model resnet34
     """

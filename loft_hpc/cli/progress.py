@@ -53,7 +53,7 @@ class Progress:
 
     def other_world_size(self, before: int, now: int) -> None:
         if self._speaks:
-            tell(f"{before} ranks began this run, {now} go on: deals, data order and rounding are others from here on")
+            tell(f"this run had {before} ranks and has {now} now: partitions, data order and rounding differ from here on")
 
     def fell_back(self, problem: str) -> None:
         tell(f"loft: note: the newest checkpoint is broken, an earlier one is used: {problem}", error=True)

@@ -48,12 +48,12 @@ from loft_hpc.training.watching import Oversight
 @click.option(
     "--dataset",
     type=click.Choice(DATASET_NAMES),
-    help="Data set to retrain on, where it is not the ticket's own: the classifier is drawn anew where the classes differ.",
+    help="Data set to retrain on, where it is not the ticket's own: the classifier is initialised anew where the classes differ.",
 )
 @option(DataSettings, "image_size", "Pixels per side of --dataset.", type=click.IntRange(8))
 @option(DataSettings, "download", "Fetch --dataset into --data-dir first (rank 0 alone does).", is_flag=True)
 @option(RetrainSettings, "new_classifier", "Draw the classifier anew in any case, from --seed.", is_flag=True)
-@option(RetrainSettings, "epochs", "Walks through the training images.", type=int)
+@option(RetrainSettings, "epochs", "Passes over the training images.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
 @batch_parts_option
 @optimisation_options(lr=LEARNING_RATE)
