@@ -246,7 +246,8 @@ def _entry(run: Run) -> _Entry:
         raise LoftError(f"{path / 'run.json'} is no retraining's ({problem}): restore it or retrain again") from None
     label, control, form = label_of(ticket), ticket.get("control"), str(ticket.get("kind", "filter"))
     if is_dense(run):
-        label, form, ratio, asked = f"{DENSE}, retrained", DENSE, 0.0, 0.0
+        source = pretrained_run(ticket)
+        label, form, ratio, asked = f"{DENSE}{f' ({source.label})' if source else ''}, retrained", DENSE, 0.0, 0.0
     elif control is not None:
         label = f"{label}: {str(control)[:32]}"  # of loft check
     found_on = ticket["data"].get("dataset") if isinstance(ticket.get("data"), dict) else None
