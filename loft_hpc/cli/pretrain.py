@@ -11,6 +11,7 @@ from loft_hpc.cli.dryrun import dry_run_options, show_plan, wants_plan
 from loft_hpc.cli.options import (
     checkpoint_options,
     data_options,
+    default,
     device_option,
     evaluation_options,
     fill,
@@ -48,7 +49,10 @@ loft_options = several(
     option(LoftSettings, "average_every", "Rounds between two averagings of the parameters that all ranks share (an epoch's end always averages).", type=int),
     option(LoftSettings, "transport_dtype", "Type in which parameters are sent; every rank keeps float32.", type=click.Choice(list(TRANSPORT_DTYPES))),
     option(LoftSettings, "momentum_across_rounds", "Momentum at the start of a round: zero (reset), or sent with its parameters (carry).", type=click.Choice(MOMENTUM_RULES)),
-    option(LoftSettings, "shard_data", "Split every epoch's images over the ranks, in place of each rank seeing all of them in an order of its own.", is_flag=True),
+    click.option(
+        "--shard-data/--no-shard-data", default=default(LoftSettings, "shard_data"), show_default=True,
+        help="Split every epoch's images over the ranks, or let each rank see all of them in an order of its own.",
+    ),
 )  # fmt: skip
 
 _own_limits = "  [default: {}]".format(", ".join(f"{{}} for {rule}" for rule in RULES))
