@@ -9,8 +9,21 @@ from loft_hpc.cli.main import run
 from loft_hpc.jobs.commcost import run_cost
 from loft_hpc.runs.run import Run
 
-SIZES = (2, 3, 4)
-SMALL = ["--model", "resnet20", "--batch-size", "48", "--statistics-batches", "2", "--epochs", "2", "--evaluate-every", "2"]
+SIZES = (2, 3)
+SMALL = [
+    "--model",
+    "resnet20",
+    "--widen",
+    "0.5",
+    "--batch-size",
+    "48",
+    "--statistics-batches",
+    "2",
+    "--epochs",
+    "2",
+    "--evaluate-every",
+    "2",
+]
 EXCHANGED = {("allgather", "partitioned"), ("allreduce", "shared"), ("broadcast", "partitioned"), ("broadcast", "shared")}
 MOVED = EXCHANGED - {("allgather", "partitioned")} | {("alltoall", "partitioned"), ("allgather", "merge")}
 SIXTEEN_BIT = MOVED - {("allreduce", "shared")} | {("alltoall", "shared"), ("allgather", "shared")}

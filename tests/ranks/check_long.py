@@ -1,4 +1,4 @@
-"""Thousands of rounds: memory does not grow."""
+"""More than a thousand rounds: memory does not grow."""
 
 import gc
 from pathlib import Path
@@ -10,10 +10,10 @@ from loft_hpc.cli.progress import Progress
 from loft_hpc.runs.run import Run
 
 SIZES = (2,)
-ROUNDS = 2000
-WARM = 500
+ROUNDS = 1200
+WARM = 300
 GROWTH_BYTES = 4 << 20
-"""Two and a half kilobytes a round would be more."""
+"""Five kilobytes a round would be more."""
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from loft_hpc.training.settings import Optimisation
 
 from tiny import CPU, initial_state, tiny
 
-SIZES = (2, 4)
+SIZES = (2,)
 PARTS = 4
 KEEP = 200
 TOTAL = sum(shape.numel() for shape in weight_shapes(tiny()).values())
