@@ -12,7 +12,7 @@ from loft_hpc.runs.run import Run
 
 TINY = ("--model", "resnet20", "--widen", "0.25")
 SHORT = ("--batch-size", "512", "--statistics-batches", "2", "--device", "cpu")
-QUICK = ("--repetitions", "1", "--no-energy", "--no-robustness", "--device", "cpu")
+QUICK = ("--repetitions", "2", "--no-energy", "--no-robustness", "--device", "cpu")
 TICKET = "runs/RUN/tickets/magnitude-l2-0.8"
 
 
@@ -22,7 +22,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("questions")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert run(["pretrain", *TINY, "--epochs", "4", *SHORT, "--run", "runs/RUN"]) == 0
+        assert run(["pretrain", *TINY, "--epochs", "4", "--local-iterations", "1", *SHORT, "--run", "runs/RUN"]) == 0
         assert run(["prune", "runs/RUN", "--ratio", "0.8", "--device", "cpu"]) == 0
         assert run(["prune", "runs/RUN", "--ratio", "0.8", "--method", "random", "--at", "init", "--device", "cpu"]) == 0
         assert run(["retrain", TICKET, "--epochs", "2", "--lr", "0.05", *SHORT, "--run", "runs/RETRAINED"]) == 0
@@ -123,6 +123,6 @@ def test_could_it_have_stopped(ask):
 def test_a_start_that_is_refused_leaves_no_folder(ask, home):
     before = sorted((home / "runs").iterdir())
     ask("pretrain", "--dataset", "imagefolder", "--data-dir", "nowhere", code=1)
-    ask("pretrain", *TINY, "--batch-size", "5000", code=1)
+    ask("pretrain", *TINY, "--batch-size", "5000", code=2)
     ask("retrain", TICKET, "--dataset", "imagefolder", "--data-dir", "nowhere", code=1)
     assert sorted((home / "runs").iterdir()) == before
