@@ -103,7 +103,7 @@ find_tickets() { # PRESET
     echo "slurm: job $SLURM_JOB_ID is done: $run"
 }
 
-# The poster's table and the ledgers of finished pretraining runs, into commcost.txt, which is there whole or not at all.
+# The poster's table, and the bytes of finished pretraining runs with their proof, into commcost.txt, which is there whole or not at all.
 report_costs() {
     local run runs=${LOFT_RUN:-} report=commcost.txt
     if [ -z "$runs" ]; then
@@ -112,7 +112,7 @@ report_costs() {
         done
     fi
     # shellcheck disable=SC2086 # several runs are meant to be split
-    { loft commcost && { [ -z "$runs" ] || { echo && loft commcost $runs; }; }; } > ".$report.$SLURM_JOB_ID" || exit
+    { loft commcost && { [ -z "$runs" ] || { echo && loft commcost --verify $runs; }; }; } > ".$report.$SLURM_JOB_ID" || exit
     mv ".$report.$SLURM_JOB_ID" "$report"
     echo "slurm: job $SLURM_JOB_ID is done: $SLURM_SUBMIT_DIR/$report"
 }

@@ -1,6 +1,7 @@
 """The poster's communication column cell by cell, the closed formulas, and the time model."""
 
 import json
+import re
 
 import pytest
 
@@ -9,6 +10,7 @@ from loft_hpc.analysis.poster import POSTER, loft_bytes, poster_table
 from loft_hpc.analysis.timing import Cluster
 from loft_hpc.analysis.traffic import Division, delivered, division, loft_round
 from loft_hpc.cli.main import run
+from loft_hpc.cli.presets import NAMES, read_preset
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.embedded import digits, synthetic, textures
 from loft_hpc.data.registry import known_shape
@@ -146,6 +148,35 @@ def test_any_case(capsys):
     assert all(row["epoch_seconds"] > row["epoch_compute_seconds"] for row in found.values() if not row["impossible"])
 
 
+def test_images_of_a_case_are_those_of_all_workers(capsys):
+    """781 batches of 64 an epoch, of every LoFT worker, and of all together in the others."""
+    options = ("--workers", "2,4", "--epochs", "3", "--model", "resnet20", "--split", "balanced")
+    for more, loft in (((), {2: 2 * 781, 4: 4 * 781}), (("--shard-data",), {2: 2 * 390, 4: 4 * 195})):
+        for row in case(capsys, *options, *more):
+            assert row["images"] == 3 * 64 * (loft[row["workers"]] if row["strategy"] == "loft" else 781)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_is_a_case(capsys, name):
+    rows = case(capsys, "--preset", name, "--workers", "2", "--strategy", "loft", "--strategy", "data-parallel")
+    recipe = read_preset(name)["pretrain"]
+    every, batch = known_shape(recipe["dataset"]).train_images, recipe["batch-size"]
+    own = every // 2 if recipe.get("shard-data") else every
+    assert [row["images"] for row in rows] == [recipe["epochs"] * batch * count for count in (2 * (own // batch), every // batch)]
+
+
+def test_a_preset_s_case_and_what_is_typed_beside_it(capsys):
+    """The poster's ImageNet row, 6000 exchanges of 4 workers: 1284.84 GB. The recipe's 20 epochs make 6672."""
+    options = ("--preset", "imagenet-preresnet18", "--workers", "4", "--strategy", "loft")
+    (row,) = case(capsys, *options)
+    assert row["handed_over_bytes"] / 6672 * 6000 == pytest.approx(VALUES[-1] * 1e9, rel=1e-6)
+    (half,) = case(capsys, *options, "--epochs", "10")
+    assert 2 * half["handed_over_bytes"] == row["handed_over_bytes"] and 2 * half["images"] == row["images"]
+    assert run(["commcost", *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("1.43 TB") == 1 and "preresnet18 x2 on imagenet, 20 epochs, batch 256" in printed
+
+
 def test_printed_for_people_programs_and_papers(capsys, tmp_path):
     assert run(["commcost", "--format", "csv"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -153,7 +184,10 @@ def test_printed_for_people_programs_and_papers(capsys, tmp_path):
     assert run(["commcost", "--format", "latex"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("\\begin{tabular}{l" + "r" * 11 + "}") and "+0.62 \\%" in printed and printed.count(" \\\\") == 11
+    assert printed.count("131.07 GB & 131.88 GB") == 4 and "52,385.59 GB" in printed
     assert run(["commcost", "--workers", "2,4", "--cluster", "infiniband-hdr", "--plot", str(tmp_path / "cost.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "handed over: " in printed and "24.2 GB/s" in printed and not re.search(r"\dG\b", printed)
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -168,6 +202,8 @@ def test_printed_for_people_programs_and_papers(capsys, tmp_path):
         (("--split", "7,3"), 2, "is not known"),
         (("runs/x", "--workers", "2"), 2, "options of a case say nothing about a run"),
         (("nowhere",), 1, "nowhere is no run"),
+        (("--verify",), 2, "give their folders"),
+        (("--preset", "nowhere", "--workers", "2"), 2, "'nowhere' is not one of"),
     ],
 )
 def test_mistakes(capsys, options, code, told):

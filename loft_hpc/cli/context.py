@@ -71,6 +71,8 @@ class Report:
     rows: Sequence[Sequence[str]]
     records: Sequence[dict[str, Any]]
     notes: Sequence[str] = ()
+    answers: Sequence[str] = ()
+    """What a person wants to know, before the table."""
 
     def printed(self, format: str) -> str:
         """As `table`, `csv` (the records) or `latex` (a tabular of the table)."""
@@ -84,8 +86,11 @@ class Report:
             lines = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in [self.header, *self.rows]]
             columns = "l" + "r" * (len(self.header) - 1)
             body = "\n".join([lines[0], r"\hline", *lines[1:]])
-            return "\n".join([rf"\begin{{tabular}}{{{columns}}}", body, r"\end{tabular}", *(f"% {note}" for note in self.notes)])
-        return "\n".join([table(self.header, self.rows), *self.notes])
+            return "\n".join(
+                [rf"\begin{{tabular}}{{{columns}}}", body, r"\end{tabular}", *(f"% {line}" for line in [*self.answers, *self.notes])]
+            )
+        answers = [*self.answers, ""] if self.answers else []
+        return "\n".join([*answers, table(self.header, self.rows), *self.notes])
 
 
 def _latex(cell: str) -> str:

@@ -42,6 +42,8 @@ class Prediction:
     handed_over_bytes: int
     wire_bytes: int
     seconds_per_epoch: Seconds | None
+    images: int = 0
+    """Training images of all workers together, those of every repetition counted."""
     impossible: str = ""
     """Why the strategy cannot run on so many workers."""
 
@@ -51,7 +53,7 @@ def predict(settings: PretrainSettings, workers: int, cluster: Cluster | None) -
     try:
         return _predict(settings, workers, cluster)
     except LoftError as problem:
-        return Prediction(settings.strategy, workers, 0, 0, 0, None, str(problem))
+        return Prediction(settings.strategy, workers, 0, 0, 0, None, impossible=str(problem))
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def _predict(settings: PretrainSettings, workers: int, cluster: Cluster | None) 
     way = course(settings, shape, network, workers)
     seconds = epoch_seconds(settings, shape, network, workers, way, cluster) if cluster else None
     wire = sum(flow.wire_bytes for flow in way.flows)
-    return Prediction(settings.strategy, workers, delivered(way.flows), handed_over(way.flows), wire, seconds)
+    images = way.steps * order_of(settings, shape.train_images, 0, workers).images_per_step
+    return Prediction(settings.strategy, workers, delivered(way.flows), handed_over(way.flows), wire, seconds, images)
 
 
 def planned(settings: PretrainSettings) -> tuple[DataShape, Architecture]:
