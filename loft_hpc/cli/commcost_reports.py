@@ -56,7 +56,7 @@ def case_report(predictions: list[Prediction], settings: PretrainSettings, clust
     notes += ["G: 10^9 bytes, all workers together, over the whole training without evaluations. delivered: payload that reaches workers."]
     if cluster:
         notes += [
-            f"Times: alpha-beta model of {cluster.name} ({cluster.latency_seconds:g} s, {cluster.bandwidth_bytes_per_second:g} bytes/s, {cluster.flops_per_second:g} FLOP/s per worker).",
+            f"Times: alpha-beta model of {cluster.name} ({cluster.described}).",
             *_where_each_wins(best),
         ]  # fmt: skip
         if "loft" in best.values() and not settings.loft.shard_data:
