@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from loft_hpc.analysis import timing
 from loft_hpc.analysis.poster import POSTER, loft_bytes, poster_table
 from loft_hpc.analysis.timing import Cluster
-from loft_hpc.analysis.traffic import Division, delivered, division, loft_round
+from loft_hpc.analysis.traffic import Division, all_gather, all_reduce, all_to_all, delivered, division, loft_round
 from loft_hpc.cli.main import run
 from loft_hpc.cli.presets import NAMES, read_preset
 from loft_hpc.data.dataset import DataSet
@@ -91,6 +92,70 @@ def test_collectives_by_alpha_and_beta():
     assert CLUSTER.collective_seconds([reduce], 4) == pytest.approx(6 * (0.5 + 80 / (4 * 10)))
 
 
+NODES = replace(CLUSTER, ranks_per_node=4, inside_latency_seconds=0.25, inside_bandwidth_bytes_per_second=40.0)
+INSIDE = replace(CLUSTER, latency_seconds=0.25, bandwidth_bytes_per_second=40.0)
+FLOWS = [all_reduce(1000, 4, 8, "shared"), all_gather(999, 4, 8, "shared"), all_to_all(1234, 2, 8, "shared").times(7)]
+
+
+def test_one_rank_a_node_is_a_cluster_without_nodes_bit_for_bit():
+    single = replace(NODES, ranks_per_node=1)
+    for flow in FLOWS:
+        assert single.collective_seconds([flow], 8) == CLUSTER.collective_seconds([flow], 8)
+        rounds = {"allreduce": 14, "allgather": 7, "alltoall": 7}[flow.operation]
+        flat = flow.calls * rounds * 0.5 + flow.largest_rank_bytes / 10.0  # as before there were nodes
+        assert single.collective_seconds([flow], 8) == flat
+    work = ([3.0, 5.0, 2.0], [7.0, 9.0], 4, False)
+    assert timing.pipeline_step(single, *work) == timing.pipeline_step(CLUSTER, *work)
+
+
+def test_within_one_node_links_are_those_inside():
+    whole = replace(NODES, ranks_per_node=8)
+    assert whole.collective_seconds(FLOWS, 8) == INSIDE.collective_seconds(FLOWS, 8)
+    work = ([3.0, 5.0, 2.0], [7.0, 9.0], 4, False)
+    assert timing.pipeline_step(whole, *work) == timing.pipeline_step(INSIDE, *work)
+
+
+def test_a_ring_over_nodes_is_paced_by_its_slowest_link():
+    """One rank of a node sends out of it, so nobody shares the link between nodes: as if every link were that one."""
+    ring = FLOWS[:2]
+    assert NODES.collective_seconds(ring, 8) == CLUSTER.collective_seconds(ring, 8) > INSIDE.collective_seconds(ring, 8)
+    swift = replace(NODES, latency_seconds=0.0, bandwidth_bytes_per_second=1e9)
+    assert swift.collective_seconds(ring, 8) == INSIDE.collective_seconds(ring, 8)
+
+
+def played_ring(links: list[float], steps: int) -> float:
+    """Seconds until all ranks have sent `steps` chunks, each when the last one is sent and the one before has come."""
+    ready = [0.0] * len(links)
+    for _ in range(steps):
+        ready = [max(ready[rank], ready[rank - 1]) + seconds for rank, seconds in enumerate(links)]
+    return max(ready)
+
+
+@pytest.mark.parametrize("workers", [8, 12, 10])
+def test_a_ring_played_step_by_step_takes_as_long(workers):
+    flow = all_gather(120 * workers, 4, workers, "shared")
+    chunk = 480.0
+    leaves = [(rank + 1) % 4 == 0 or rank + 1 == workers for rank in range(workers)]
+    links = [(0.5 + chunk / 10) if out else (0.25 + chunk / 40) for out in leaves]
+    assert NODES.collective_seconds([flow], workers) == pytest.approx(played_ring(links, workers - 1))
+
+
+def test_ranks_of_a_node_share_its_link_in_an_all_to_all():
+    """8 ranks on 2 nodes: a rank's 7 messages of 100 bytes, 3 inside, 4 outside at a quarter of the link."""
+    flow = all_to_all(8 * 700, 1, 8, "shared")
+    assert NODES.collective_seconds([flow], 8) == pytest.approx(3 * (0.25 + 100 / 40) + 4 * (0.5 + 100 / (10 / 4)))
+
+
+def test_a_message_between_stages_takes_the_link_between_their_ranks():
+    no_work = [0.0] * 5
+    step = timing.pipeline_step(NODES, no_work, [100.0] * 4, 1, False)  # 3 cuts inside a node of 4, the 4th out of it
+    assert step.total == pytest.approx(2 * (3 * (0.25 + 2.5) + 0.5 + 10))
+
+
+def test_placed_ranks_count_where_a_node_is_described():
+    assert NODES.placed(2).ranks_per_node == 2 and NODES.placed(None) == NODES and CLUSTER.placed(4) == CLUSTER
+
+
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 1), (3, 4), (4, 8)])
 def test_a_pipeline_without_messages_fills_and_drains(stages, micro_batches):
     """GPipe, section 2.2: (m + K - 1) slots each way; forward 1 s, backward 2 s a micro-batch."""
@@ -111,6 +176,10 @@ def test_a_slow_link_paces_a_pipeline():
     assert step.total == pytest.approx(forward + 2 + 3 * 5 + 2)
 
 
+GOOD = 'name = "x"\nlatency_seconds = 1\nbandwidth_bytes_per_second = 1\nflops_per_second = 1\n'
+INSIDE_A_NODE = "inside_latency_seconds = 1\ninside_bandwidth_bytes_per_second = 1"
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -120,6 +189,9 @@ def test_a_slow_link_paces_a_pipeline():
         ('name = "x"\nlatency_seconds = 1\nbandwidth_bytes_per_second = "1G"\nflops_per_second = 1', "bandwidth_bytes_per_second must be a number from 1"),
         ('name = "x"\nlatency_seconds = 1\nbandwidth_bytes_per_second = 0\nflops_per_second = 1', "bandwidth_bytes_per_second must be a number from 1"),
         ('name = "x"\nlatency_seconds = 1\nbandwidth_bytes_per_second = 1\nflops_per_second = 1\nflop = 2', "has flop, which no cluster has"),
+        (GOOD + "ranks_per_node = 4", "lacks inside_latency_seconds, inside_bandwidth_bytes_per_second: a node needs"),
+        (GOOD + "ranks_per_node = 1.5\n" + INSIDE_A_NODE, "ranks_per_node must be a whole number from 1"),
+        (GOOD + 'device = "tpu"', "device must be one of cpu, cuda"),
     ],
 )  # fmt: skip
 def test_cluster_files_that_describe_no_cluster(tmp_path, text, told):

@@ -14,7 +14,7 @@ from loft_hpc.cli.commcost_runs import run_records, run_report
 from loft_hpc.cli.context import Job, Report
 from loft_hpc.cli.options import cluster_option, fill, option, plot_option, several, typed
 from loft_hpc.cli.presets import preset_option
-from loft_hpc.cli.pretrain import loft_options, pipeline_options
+from loft_hpc.cli.pretrain import EPOCHS_HELP, loft_options, pipeline_options
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings, known_shape
 from loft_hpc.filterwise.emergence import Stopping
 from loft_hpc.filterwise.loft import LoftSettings
@@ -43,7 +43,7 @@ case_options = several(
     option(PretrainSettings, "widen", "Hidden filters as a multiple of the stage's width.  [default: 2 for wideresnet, else 1]", type=float),
     click.option("--dataset", type=click.Choice(DATASET_NAMES), default="cifar10", show_default=True, help="Data set (not read: its shape counts)."),
     click.option("--image-size", type=click.IntRange(8), help="Pixels per side.  [default: the data set's own]"),
-    option(PretrainSettings, "epochs", "Walks through the training images, per worker.", type=int),
+    option(PretrainSettings, "epochs", EPOCHS_HELP, type=int),
     option(PretrainSettings, "rounds", "Rounds of LoFT, in place of those that the epochs make.", type=int),
     option(PretrainSettings, "batch_size", "Images per step: of each worker under loft, of all together under data-parallel and gpipe.", type=int),
     click.option("--strategy", "strategies", multiple=True, type=click.Choice(STRATEGIES), default=STRATEGIES, help="Repeat for more.  [default: all]"),

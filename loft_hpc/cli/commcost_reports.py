@@ -70,7 +70,7 @@ def case_report(predictions: list[Prediction], settings: PretrainSettings, clust
         ]
     if cluster:
         notes += [
-            f"Times: alpha-beta model of {cluster.name} ({cluster.latency_seconds:g} s, {bytes_text(cluster.bandwidth_bytes_per_second)}/s, {cluster.flops_per_second:g} FLOP/s per worker).",
+            f"Times: alpha-beta model of {cluster.name} ({cluster.described}).",
             *_where_each_wins(best),
         ]  # fmt: skip
     reasons: dict[str, list[Prediction]] = {}

@@ -1,6 +1,7 @@
 """`loft pretrain`."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from loft_hpc.data.registry import DataSettings
 from loft_hpc.filterwise.emergence import RULES, Stopping
 from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES
 from loft_hpc.filterwise.loft import MOMENTUM_RULES, LoftSettings
+from loft_hpc.jobs.prediction import Case
 from loft_hpc.jobs.pretrain import STRATEGIES, PretrainSettings, pretrain
 from loft_hpc.jobs.settings import flatten
 from loft_hpc.jobs.stops import stability, stability_fields, stability_sentence
@@ -38,10 +40,13 @@ from loft_hpc.models.architecture import MODEL_NAMES
 from loft_hpc.models.groups import PARTITION_RULES
 from loft_hpc.pipeline.gpipe import PipelineSettings
 from loft_hpc.runs.run import Run
-from loft_hpc.screen import tell
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
 
+EPOCHS_HELP = (
+    "Passes over the training images. Under loft each worker sees all images once per epoch: N workers see N times as "
+    "many; --shard-data splits them."
+)
 loft_options = several(
     option(LoftSettings, "local_iterations", "SGD steps of a worker between two exchanges.", type=int),
     option(LoftSettings, "partition", "Blocks whose filters are partitioned over the ranks: the paper's (not stage 1, not strided blocks) or all.", type=click.Choice(PARTITION_RULES)),
@@ -73,6 +78,36 @@ pipeline_options = several(
 )
 
 
+def settings_of_options(context: click.Context) -> PretrainSettings:
+    """The settings that the options say. Raises UsageError or LoftError for those that contradict one another."""
+    options = dict(context.params)
+    if options["weights"] is not None:
+        options["weights"] = os.path.abspath(options["weights"])  # a run goes on from any folder
+    given = fill(
+        PretrainSettings,
+        options,
+        data=fill(DataSettings, options),
+        loft=fill(LoftSettings, options),
+        pipeline=fill(PipelineSettings, options),
+        optimisation=fill(Optimisation, options),
+        evaluation=fill(Evaluation, options),
+        computation=fill(Computation, options),
+        snapshots=fill(Snapshots, options),
+        checkpoints=fill(Checkpointing, options),
+        stopping=fill(Stopping, options),
+    )
+    if given.rounds is not None and "epochs" in typed(context):
+        raise click.UsageError("give --epochs or --rounds, not both")
+    for owner, own in (("loft", given.loft), ("gpipe", given.pipeline)):
+        strange = sorted(typed(context) & set(flatten(own))) if given.strategy != owner else []
+        if strange:
+            raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --strategy {owner}")
+    strange = sorted(typed(context) & set(flatten(given.stopping)) - {"stop_when_stable", "stable_ratio"})
+    if strange and not given.stopping.stop_when_stable:
+        raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --stop-when-stable")
+    return given
+
+
 @click.command("pretrain")
 @preset_option("pretrain")
 @option(PretrainSettings, "strategy", "How the ranks train together.", type=click.Choice(STRATEGIES))
@@ -86,7 +121,7 @@ pipeline_options = several(
 )
 @option(PretrainSettings, "new_classifier", "Draw the classifier from the seed, whatever --weights has.", is_flag=True)
 @data_options
-@option(PretrainSettings, "epochs", "Walks through the training images, per worker.", type=int)
+@option(PretrainSettings, "epochs", EPOCHS_HELP, type=int)
 @option(PretrainSettings, "rounds", "Rounds of --local-iterations steps, in place of --epochs.", type=int)
 @option(
     PretrainSettings, "batch_size", "Images per step: of each worker under loft, of all together under data-parallel and gpipe.", type=int
@@ -117,45 +152,22 @@ def command(context: click.Context, run_path: str | None, resume: bool, extend_t
     Example: mpirun -np 4 loft pretrain --model resnet34
     """
     job: Job = context.obj
-    if options["weights"] is not None:
-        options["weights"] = os.path.abspath(options["weights"])  # a run goes on from any folder
-    given = fill(
-        PretrainSettings,
-        options,
-        data=fill(DataSettings, options),
-        loft=fill(LoftSettings, options),
-        pipeline=fill(PipelineSettings, options),
-        optimisation=fill(Optimisation, options),
-        evaluation=fill(Evaluation, options),
-        computation=fill(Computation, options),
-        snapshots=fill(Snapshots, options),
-        checkpoints=fill(Checkpointing, options),
-        stopping=fill(Stopping, options),
-    )
-    if given.rounds is not None and "epochs" in typed(context):
-        raise click.UsageError("give --epochs or --rounds, not both")
-    for owner, own in (("loft", given.loft), ("gpipe", given.pipeline)):
-        strange = sorted(typed(context) & set(flatten(own))) if given.strategy != owner else []
-        if strange:
-            raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --strategy {owner}")
-    strange = sorted(typed(context) & set(flatten(given.stopping)) - {"stop_when_stable", "stable_ratio"})
-    if strange and not given.stopping.stop_when_stable:
-        raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --stop-when-stable")
+    given = settings_of_options(context)
     path = Path(run_path) if run_path else None
     supervision = fill(Supervision, options)
     planning = wants_plan(context)
     job.join()
     if planning:
-        show_plan(context, given)
+        what = f"{given.model} on {given.data.label} with {given.strategy}"
+        show_plan(context, what, partial(Case.of, given), given.data)
         return
     settings = for_run(given, "pretrain", typed(context), path, resume, extend_to)
     world = job.world
     speaks = world.rank == 0 and format == "table"
-    if speaks:
-        tell(
-            f"pretraining {settings.model} on {settings.data.label} with {settings.strategy} over {world.size} rank{'s' * (world.size > 1)}"
-        )
-    path, outcome = pretrain(settings, path, resume, world, Oversight(Progress(speaks), job.interruption, supervision))
+    ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+    title = f"pretraining {settings.model} on {settings.data.label} with {settings.strategy} over {ranks}"
+    oversight = Oversight(Progress(speaks, title), job.interruption, supervision)
+    path, outcome = pretrain(settings, path, resume, world, oversight)
     score = outcome.score
     fields = {
         "run": str(path),

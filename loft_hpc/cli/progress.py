@@ -14,12 +14,17 @@ from loft_hpc.screen import erase_line, tell
 class Progress:
     """Tells what the session reports, on rank 0."""
 
-    def __init__(self, speaks: bool):
-        self._speaks = speaks
+    def __init__(self, speaks: bool, title: str = ""):
+        """`title`: what is trained, for the first line."""
+        self._speaks, self._title = speaks, title
         self._bar: Any = None
         self._done = 0
         self.notes: list[str] = []
         """What `noted` was told, for JSON."""
+
+    def prepared(self, epoch_images: int) -> None:
+        if self._speaks:
+            tell(f"{self._title}; an epoch is {epoch_images:,} images of all ranks together")
 
     def started(self, path: str, total_steps: int, done_steps: int) -> None:
         self._done = done_steps

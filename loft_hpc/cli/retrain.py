@@ -1,11 +1,13 @@
 """`loft retrain`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from loft_hpc.cli.context import Job, format_option
+from loft_hpc.cli.dryrun import dry_run_options, show_plan, wants_plan
 from loft_hpc.cli.options import (
     batch_parts_option,
     checkpoint_options,
@@ -26,12 +28,32 @@ from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings, Reading
 from loft_hpc.jobs.comparable import dense_ticket
+from loft_hpc.jobs.dryrun import retraining
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, other_data, retrain, ticket_data
 from loft_hpc.runs.run import Run
 from loft_hpc.screen import tell
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
+
+TICKETS_OWN = frozenset(("dataset", "data_dir", "image_size", "loader_workers"))
+"""Options whose values are the ticket's where they are not given."""
+
+
+def retraining_settings(context: click.Context, data: DataSettings) -> RetrainSettings:
+    """The settings that the options of `loft retrain` say, on these data."""
+    options = context.params
+    return fill(
+        RetrainSettings,
+        options,
+        transfer=options["dataset"] is not None,
+        data=data,
+        optimisation=fill(Optimisation, options),
+        evaluation=fill(Evaluation, options),
+        computation=fill(Computation, options),
+        snapshots=fill(Snapshots, options),
+        checkpoints=fill(Checkpointing, options),
+    )
 
 
 @click.command("retrain")
@@ -53,7 +75,7 @@ from loft_hpc.training.watching import Oversight
 @option(DataSettings, "image_size", "Pixels per side of --dataset.", type=click.IntRange(8))
 @option(DataSettings, "download", "Fetch --dataset into --data-dir first (rank 0 alone does).", is_flag=True)
 @option(RetrainSettings, "new_classifier", "Draw the classifier anew in any case, from --seed.", is_flag=True)
-@option(RetrainSettings, "epochs", "Passes over the training images.", type=int)
+@option(RetrainSettings, "epochs", "Passes over the training images, which the ranks share.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
 @batch_parts_option
 @optimisation_options(lr=LEARNING_RATE)
@@ -65,6 +87,7 @@ from loft_hpc.training.watching import Oversight
 @device_option
 @precision_option
 @run_options
+@dry_run_options
 @format_option
 @click.pass_context
 def command(
@@ -82,17 +105,10 @@ def command(
     job: Job = context.obj
     if dataset is None and (strange := sorted(typed(context) & {"image_size", "download"})):
         raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --dataset")
-    options["transfer"] = dataset is not None
     # The options first: their mistakes are told without reading a file.
-    parts = {
-        "optimisation": fill(Optimisation, options),
-        "evaluation": fill(Evaluation, options),
-        "computation": fill(Computation, options),
-        "snapshots": fill(Snapshots, options),
-        "checkpoints": fill(Checkpointing, options),
-    }
-    fill(RetrainSettings, options, data=DataSettings(), **parts)
+    retraining_settings(context, DataSettings())
     supervision = fill(Supervision, options)
+    planning = wants_plan(context)
     job.join()
     source = dense_ticket(Run.open(Path(ticket))) if dense else Ticket.read(Path(ticket))
     if dataset is None:
@@ -100,7 +116,11 @@ def command(
     else:
         given = {name: options[name] for name in ("data_dir", "loader_workers", "image_size", "download")}
         data = other_data(source, dataset, **given)
-    given = fill(RetrainSettings, options, data=data, **parts)
+    given = retraining_settings(context, data)
+    if planning:
+        what = f"retraining {ticket} on {data.label}"
+        show_plan(context, what, partial(retraining, source, given), data, TICKETS_OWN)
+        return
     path = Path(run_path) if run_path else None
     settings = for_run(given, "retrain", typed(context), path, resume, extend_to)
     world = job.world

@@ -23,3 +23,20 @@ def times_text(ratio: float) -> str:
     if round(ratio, 2) == round(ratio):
         return f"{ratio:,.0f}"
     return f"{ratio:,.{2 if ratio < 1.095 else 1 if ratio < 99.95 else 0}f}"
+
+
+def number_text(value: float) -> str:
+    """Three significant digits without an exponent where they are many: 0.0123, 4.69, 75.1, 1,234."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
+def hours_text(seconds: float | None) -> str:
+    """Hours, for columns; a dash for a time that is not known."""
+    return "-" if seconds is None else number_text(seconds / 3600)
+
+
+def duration_text(seconds: float) -> str:
+    """In the unit that fits: 12.3 s, 45 min, 4.69 h."""
+    if seconds < 120:
+        return f"{number_text(seconds)} s"
+    return f"{number_text(seconds / 60)} min" if seconds < 7200 else f"{number_text(seconds / 3600)} h"

@@ -16,6 +16,8 @@ from loft_hpc.models.architecture import stem_for
 _LABEL_BYTES = 8
 MOST_CHOSEN = 8
 """Loader processes that are started unasked."""
+IMAGE_SIZE = 224
+"""Pixels per side of images on disk, where nobody says another one."""
 IMAGE_SIZES = range(8, 1025)
 
 
@@ -48,7 +50,7 @@ _SHAPES = {
     "fashion-mnist": DataShape(10, 1, 28, 60_000, 10_000, 1),
     "cifar10": DataShape(10, 3, 32, 50_000, 10_000, 1),
     "cifar100": DataShape(100, 3, 32, 50_000, 10_000, 1),
-    "imagenet": DataShape(1000, 3, 224, 1_281_167, 50_000, 0),
+    "imagenet": DataShape(1000, 3, IMAGE_SIZE, 1_281_167, 50_000, 0),
     "synthetic": DataShape(10, 3, 32, 2000, 500, 4),
 }
 
@@ -59,6 +61,11 @@ def known_shape(dataset: str, image_size: int | None = None) -> DataShape:
         raise LoftError(f"{dataset} has no shape of its own: give one of {', '.join(_SHAPES)}", usage=True)
     settings = DataSettings(dataset=dataset, image_size=image_size)
     return replace(_SHAPES[dataset], image_size=settings.image_size or _SHAPES[dataset].image_size)
+
+
+def folder_shape(classes: int, train_images: int, test_images: int, image_size: int | None) -> DataShape:
+    """The shape of images on disk, three channels each."""
+    return DataShape(classes, 3, image_size or IMAGE_SIZE, train_images, test_images, 0)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -45,6 +45,7 @@ LEARNING_RATE = 0.03
 class RetrainSettings:
     """Everything that decides a retraining run, but for the ticket and the number of ranks."""
 
+    strategy: ClassVar[str] = "data-parallel"
     rewind: str = "none"
     """Weights to start from: `none` (as pruned), `init` (before pretraining) or `epoch:K` (a snapshot of pretraining)."""
     epochs: int = 10
