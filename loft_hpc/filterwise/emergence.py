@@ -6,8 +6,9 @@ groups, is at most `tolerance` for `patience` successive snapshots. `mask-distan
 the masks of one threshold over all |BatchNorm scales| differ between the newest snapshot and each of the `patience` before it in at most
 `tolerance` of their entries.
 
-Under both, only snapshots count that are further than `tolerance` from the initial ranking (or mask): a network that has learnt nothing
-does not move either, and its ticket is a random one.
+Under `filter-distance` only snapshots count whose ranking has left the initial one, by more than LEFT or the tolerance: a network that has
+learnt nothing does not move either, and its ticket is a random one. Scales are all alike at the start and rank nothing, so that
+`mask-distance`, which is the paper's rule, has no such condition.
 """
 
 from collections import deque
@@ -23,6 +24,8 @@ from loft_hpc.models.scores import BN_SCALE, Scores, by_group
 from loft_hpc.training.settings import MAX_STEPS, refuse_outside
 from loft_hpc.training.watching import Observation
 
+LEFT = 0.1
+"""Distance from the initial ranking beyond which something was learnt: docs/decisions/0009."""
 RULES = {"filter-distance": (0.1, 2), "mask-distance": (0.1, 4)}
 """(tolerance, patience) that each rule has by default: docs/decisions/0009, and Early-Bird's own."""
 
@@ -65,10 +68,8 @@ class Emergence:
         self._settings = settings
         self._tolerance, self._patience = settings.limits
         self._masks: deque[np.ndarray] = deque(maxlen=self._patience + 1)
-        """Of the snapshots that count."""
-        self._first: tuple[dict[str, np.ndarray], np.ndarray] | None = None
+        self._first: dict[str, np.ndarray] | None = None
         self._rankings: dict[str, np.ndarray] = {}
-        self._mask: np.ndarray | None = None
         self._still = 0
         self.stable, self.stop = False, False
         for scores in earlier:
@@ -76,32 +77,28 @@ class Emergence:
 
     def see(self, scores: Scores) -> Observation:
         """Compare the next snapshot with those before it, and with the initial one."""
-        ratio, before, mask_before = self._settings.stable_ratio, self._rankings, self._mask
-        self._rankings, self._mask = by_group(scores, "l2"), global_mask(by_group(scores, BN_SCALE), ratio)
+        ratio, before = self._settings.stable_ratio, self._rankings
+        self._rankings = by_group(scores, "l2")
+        self._masks.append(global_mask(by_group(scores, BN_SCALE), ratio))
         if self._first is None:
-            self._first = self._rankings, self._mask
+            self._first = self._rankings
             return Observation({}, None, False)
         whole = score_distance(self._rankings, before)
         in_view = mean_normalised(score_distance(self._rankings, before, ratio))
-        from_first = mean_normalised(score_distance(self._rankings, self._first[0], ratio))
-        mask_from_first = mask_distance(self._mask, self._first[1])
+        from_first = mean_normalised(score_distance(self._rankings, self._first, ratio))
+        left = from_first > min(self._tolerance, LEFT)
+        differing = [mask_distance(self._masks[-1], mask) for mask in list(self._masks)[:-1]]
+        self._still = self._still + 1 if left and in_view <= self._tolerance else 0
         if self._settings.stability == "filter-distance":
-            self._still = self._still + 1 if in_view <= self._tolerance < from_first else 0
             self.stable = self._still >= self._patience
         else:
-            if mask_from_first <= self._tolerance:
-                self._masks.clear()
-            else:
-                self._masks.append(self._mask)
-            differing = [mask_distance(self._mask, mask) for mask in list(self._masks)[:-1]]
             self.stable = len(differing) == self._patience and max(differing) <= self._tolerance
         self.stop = self.stable and self._settings.stop_when_stable
         fields: dict[str, Any] = {
             "distance_to_previous": mean_normalised(whole),
             "top_distance_to_previous": in_view,
             "top_distance_to_initial": from_first,
-            "mask_distance_to_previous": mask_distance(self._mask, mask_before),
-            "mask_distance_to_initial": mask_from_first,
+            "mask_distance_to_previous": differing[-1],
             "stable": self.stable,
             "distances": {row.group: row.normalised for row in whole},
         }

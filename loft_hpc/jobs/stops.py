@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from loft_hpc.analysis.statistics import mean_interval
 from loft_hpc.errors import LoftError
-from loft_hpc.filterwise.emergence import Emergence, Stopping
+from loft_hpc.filterwise.emergence import LEFT, Emergence, Stopping
 from loft_hpc.jobs.cost import cost_of
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jsontext import finite_or_none
@@ -63,7 +63,7 @@ class Stability:
     epochs: float
     """Planned."""
     from_initial: float
-    """Distance of the last ranking to the initial one, by the rule: 0 the same, 1 as if random."""
+    """Distance of the last ranking to the initial one, over the filters in view: 0 the same, 1 as if random."""
     tolerance: float
     saved: Saved | None
     """By ending there; None where the rule never does, or only at the end."""
@@ -81,12 +81,11 @@ def stability(run: Run) -> Stability | None:
     except LoftError:
         return None
     seen = Emergence(stopping, [first]).see(last).fields
-    name = "top_distance_to_initial" if stopping.stability == "filter-distance" else "mask_distance_to_initial"
     total, per_epoch = run.required("total_steps", int), run.required("steps_per_epoch", int)
     early = step is not None and step < total
     return Stability(
         bool((run.description.get("results") or {}).get("stopped_early")), None if step is None else step / per_epoch,
-        total / per_epoch, seen[name], tolerance, saved_of_plan(run, step) if early else None,
+        total / per_epoch, seen["top_distance_to_initial"], tolerance, saved_of_plan(run, step) if early else None,
     )  # fmt: skip
 
 
@@ -100,9 +99,9 @@ def saved_of_plan(run: Run, step: int) -> Saved:
 
 def stability_sentence(found: Stability) -> str:
     """Where the rule ends the pretraining, and what that saves."""
-    if found.epoch is None and found.from_initial <= found.tolerance:
+    if found.epoch is None and found.from_initial <= LEFT:
         return (
-            f"rankings: after {found.epochs:.3g} epochs still within {found.tolerance:g} of the initial ones ({found.from_initial:.3f}): "
+            f"rankings: after {found.epochs:.3g} epochs still within {LEFT:g} of the initial ones ({found.from_initial:.3f}): "
             "they say nothing about a ticket yet; train longer or raise --lr"
         )
     if found.epoch is None:
