@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The communication-cost report into commcost.txt: the poster's table, and the bytes of finished runs beside the formula.
+# The communication-cost report into commcost.txt: the poster's table, and finished runs compared, their ledgers beside the formula.
 # sbatch slurm/commcost.sh, in the checkout. Runs: LOFT_RUN="RUN RUN...", else all under runs/. Variables: docs/clusters.md
 #SBATCH --job-name=loft-commcost
 #SBATCH --ntasks=1

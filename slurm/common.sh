@@ -21,24 +21,37 @@ die() {
     exit 1
 }
 
-[ -n "${SLURM_JOB_ID:-}" ] || die "this is a job script for Slurm" "sbatch $0"
-home=${LOFT_HOME:-$SLURM_SUBMIT_DIR}
-[ -f "$home/.venv/bin/activate" ] || die "no .venv in $home" "run bin/setup there first"
-. "$home/.venv/bin/activate"
+find_environment() {
+    [ -n "${SLURM_JOB_ID:-}" ] || die "this is a job script for Slurm" "sbatch $0"
+    home=${LOFT_HOME:-$SLURM_SUBMIT_DIR}
+    [ -f "$home/.venv/bin/activate" ] || die "no .venv in $home" "run bin/setup there first"
+    . "$home/.venv/bin/activate"
 
-case ${LOFT_LAUNCHER:-mpirun} in
-    mpirun)
-        launcher=(mpirun -np "$SLURM_NTASKS")
-        # Open MPI would bind each rank to one core; a rank takes its share of the job's cores. (Open MPI 5, and 4)
-        export PRTE_MCA_hwloc_default_binding_policy=none OMPI_MCA_hwloc_base_binding_policy=none ;;
-    srun)
-        # Slurm does not hand --cpus-per-task on to srun by itself, and would let a job wait for ranks that are gone.
-        launcher=(srun --mpi=pmix --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"})
-        # The ranks' PMIx may not know the way in which Slurm's PMIx would make sure who they are (munge); both know this one.
-        export PMIX_SECURITY_MODE=${PMIX_SECURITY_MODE:-native} ;;
-    *) die "LOFT_LAUNCHER=$LOFT_LAUNCHER is not known" "mpirun or srun" ;;
-esac
-command -v "${launcher[0]}" >/dev/null || die "there is no ${launcher[0]} on the PATH" "load the MPI module that bin/setup found, at the top of slurm/*.sh"
+    case ${LOFT_LAUNCHER:-mpirun} in
+        mpirun)
+            launcher=(mpirun -np "$SLURM_NTASKS")
+            # Open MPI would bind each rank to one core; a rank takes its share of the job's cores. (Open MPI 5, and 4)
+            export PRTE_MCA_hwloc_default_binding_policy=none OMPI_MCA_hwloc_base_binding_policy=none ;;
+        srun)
+            # Slurm does not hand --cpus-per-task on to srun by itself, and would let a job wait for ranks that are gone.
+            launcher=(srun --mpi=pmix --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"})
+            # The ranks' PMIx may not know the way in which Slurm's PMIx would make sure who they are (munge); both know this one.
+            export PMIX_SECURITY_MODE=${PMIX_SECURITY_MODE:-native} ;;
+        *) die "LOFT_LAUNCHER=$LOFT_LAUNCHER is not known" "mpirun or srun" ;;
+    esac
+    command -v "${launcher[0]}" >/dev/null || die "there is no ${launcher[0]} on the PATH" "load the MPI module that bin/setup found, at the top of slurm/*.sh"
+}
+
+# A GPU without a rank does nothing, for as long as the job runs.
+check_gpus() {
+    local gpus=$((${SLURM_GPUS_ON_NODE:-0} * ${SLURM_JOB_NUM_NODES:-1}))
+    if [ "$gpus" -gt "$SLURM_NTASKS" ] && [ -z "${LOFT_IDLE_GPUS:-}" ]; then
+        die "more GPUs ($gpus) than ranks ($SLURM_NTASKS), so that $((gpus - SLURM_NTASKS)) would idle" \
+            "ask for a rank for each by --ntasks-per-node=$SLURM_GPUS_ON_NODE, or set LOFT_IDLE_GPUS=1"
+    elif [ "$gpus" -gt 0 ] && [ "$gpus" -lt "$SLURM_NTASKS" ]; then
+        echo "slurm: note: more ranks ($SLURM_NTASKS) than GPUs ($gpus): they share, and exchange through host memory; a GPU for each is faster"
+    fi
+}
 
 requeue() {
     # TERM makes ranks leave with 85 as well. Where it came from scancel or a time limit, nobody wants the job back.
@@ -92,6 +105,7 @@ draw_tickets() { # RUN OPTIONS...
 find_tickets() { # PRESET
     local preset=${LOFT_PRESET:-$1} run=${LOFT_RUN:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID} ticket
     echo "slurm: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}: $preset into $run"
+    check_gpus
     # shellcheck disable=SC2086 # options are meant to be split
     {
         train "$run" pretrain --preset "$preset" ${LOFT_DATA:+--data-dir "$LOFT_DATA"} ${LOFT_OPTIONS:-}
@@ -103,7 +117,7 @@ find_tickets() { # PRESET
     echo "slurm: job $SLURM_JOB_ID is done: $run"
 }
 
-# The poster's table and the ledgers of finished pretraining runs, into commcost.txt, which is there whole or not at all.
+# The poster's table, and the bytes of finished pretraining runs with their proof, into commcost.txt, which is there whole or not at all.
 report_costs() {
     local run runs=${LOFT_RUN:-} report=commcost.txt
     if [ -z "$runs" ]; then
@@ -112,7 +126,19 @@ report_costs() {
         done
     fi
     # shellcheck disable=SC2086 # several runs are meant to be split
-    { loft commcost && { [ -z "$runs" ] || { echo && loft commcost $runs; }; }; } > ".$report.$SLURM_JOB_ID" || exit
+    { loft commcost && { [ -z "$runs" ] || { echo && loft commcost --verify $runs; }; }; } > ".$report.$SLURM_JOB_ID" || exit
     mv ".$report.$SLURM_JOB_ID" "$report"
     echo "slurm: job $SLURM_JOB_ID is done: $SLURM_SUBMIT_DIR/$report"
 }
+
+# `loft plan` wants to know the commands: they are told, each between the control characters that it looks for, and nothing is done.
+if [ -n "${LOFT_PLAN:-}" ]; then
+    told() { printf '\035'; printf '%s\037' "$@"; printf '\036'; }
+    step() { :; }
+    train() { told "${@:2}"; }
+    draw_tickets() { told prune "$@"; }
+    check_gpus() { :; }
+    report_costs() { :; }
+else
+    find_environment
+fi

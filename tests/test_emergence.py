@@ -66,23 +66,35 @@ def swapped(size: int, *pairs: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 
 def test_patience_counts_successive_snapshots():
-    still, moved = swapped(10), swapped(10, (0, 1))
+    initial, moved, again = swapped(10, (2, 3)), swapped(10), swapped(10, (0, 1))
     emergence = Emergence(Stopping(stop_when_stable=True, tolerance=0.0, patience=2, stable_ratio=0.5))
-    seen = [emergence.see(snapshot) for snapshot in (still, still, moved, moved, moved, moved)]
+    seen = [emergence.see(snapshot) for snapshot in (initial, moved, moved, again, again, again, again)]
     assert seen[0].fields == {} and seen[0].distance is None
-    assert [observation.stop for observation in seen] == [False, False, False, False, True, True]
-    assert seen[2].distance == pytest.approx(1.5 * np.log(2) / expected_distance(10))
+    assert [observation.stop for observation in seen] == [False, False, False, False, False, True, True]
+    assert seen[3].distance == pytest.approx(1.5 * np.log(2) / expected_distance(10))
+
+
+@pytest.mark.parametrize("tolerance", [0.02, 0.1, 1.0])
+def test_a_network_that_stays_at_its_initial_ranking_is_never_stable(tolerance):
+    """Nothing learnt does not move either. A snapshot counts from where its ranking has left the initial one."""
+    emergence = Emergence(Stopping(stop_when_stable=True, tolerance=tolerance, patience=2, stable_ratio=0.5))
+    seen = [emergence.see(snapshot) for snapshot in [swapped(10)] * 6 + [scores(*range(10))] * 3]
+    assert [observation.stop for observation in seen] == [False] * 8 + [True]
+    assert seen[5].fields["top_distance_to_initial"] == 0
+    assert seen[8].fields["top_distance_to_initial"] > 1
 
 
 def test_only_the_filters_of_the_ticket_in_view_must_stand_still():
     emergence = Emergence(Stopping(stop_when_stable=True, tolerance=0.0, patience=1, stable_ratio=0.8))
-    first, bottom, top = (emergence.see(snapshot) for snapshot in (swapped(10), swapped(10, (8, 9)), swapped(10, (1, 2))))
-    assert not first.stop and bottom.stop and not top.stop
+    snapshots = (swapped(10, (0, 9)), swapped(10), swapped(10, (8, 9)), swapped(10, (1, 2)))
+    first, second, bottom, top = (emergence.see(snapshot) for snapshot in snapshots)
+    assert not first.stop and not second.stop and bottom.stop and not top.stop
     assert bottom.fields["top_distance_to_previous"] == 0 < bottom.fields["distance_to_previous"]
 
 
 def test_without_the_wish_to_stop_it_only_says_so():
-    emergence = Emergence(Stopping(tolerance=1.0, patience=1))
+    emergence = Emergence(Stopping(tolerance=0.0, patience=1))
+    emergence.see(swapped(10, (0, 1)))
     emergence.see(swapped(10))
     seen = emergence.see(swapped(10))
     assert seen.fields["stable"] and not seen.stop
@@ -107,11 +119,11 @@ def test_early_birds_rule_looks_at_the_last_masks_together():
 
 
 def test_what_was_seen_before_an_interruption_counts():
-    snapshots = [swapped(10), swapped(10), swapped(10)]
+    snapshots = [swapped(10, (0, 1)), swapped(10), swapped(10), swapped(10)]
     settings = Stopping(stop_when_stable=True, tolerance=0.0, patience=2)
-    whole, resumed = Emergence(settings), Emergence(settings, snapshots[:2])
-    assert [whole.see(snapshot).stop for snapshot in snapshots] == [False, False, True]
-    assert resumed.see(snapshots[2]).stop
+    whole, resumed = Emergence(settings), Emergence(settings, snapshots[:3])
+    assert [whole.see(snapshot).stop for snapshot in snapshots] == [False, False, False, True]
+    assert resumed.see(snapshots[3]).stop
 
 
 @pytest.mark.parametrize(

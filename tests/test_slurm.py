@@ -230,8 +230,36 @@ def test_a_job_script_without_slurm_says_how_it_is_started():
 
 @pytest.mark.parametrize("script", sorted(file.stem for file in (ROOT / "slurm").glob("*.sh") if file.stem != "common"))
 def test_slurm_takes_every_line_of_the_scripts(cluster, checkout, script):
-    """On the only node there is, and its CPUs."""
-    cluster.run("sbatch", "--test-only", "--nodes=1", "--cpus-per-task=1", f"slurm/{script}.sh", cwd=checkout)
+    """On the only node there is, its CPUs and its memory."""
+    asked = ("--nodes=1", "--cpus-per-task=1", "--mem=1G")
+    cluster.run("sbatch", "--test-only", *asked, f"slurm/{script}.sh", cwd=checkout)
+
+
+def test_a_rank_for_every_gpu_of_every_node(cluster, checkout):
+    """The script for N nodes with G GPUs, one node with two: what it asks for, and its own options, to the end."""
+    options = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--mem=4G")
+    given = SMALL | {"LOFT_PRESET": "digits"}
+    del given["LOFT_OPTIONS"]
+    job = cluster.submit(*options, "slurm/imagenet-nodes.sh", cwd=checkout, environment=given)
+    assert job.wait_for_end() == "COMPLETED", job.output
+    run = read_json(checkout / "runs" / f"loft-imagenet-nodes-{job.number}" / "run.json")
+    assert run["world_size"] == 2 and "they share" not in job.output
+    assert run["configuration"]["loft"]["shard_data"] and run["configuration"]["data"]["loader_workers"] == 0
+
+
+def test_gpus_without_a_rank_end_the_job_at_once(cluster, checkout):
+    """`--gpus-per-node=4` alone, one rank a node."""
+    job = submit(cluster, checkout, "--ntasks=1", "--gpus-per-node=4", LOFT_OPTIONS="--epoch 3")
+    assert job.wait_for_end() == "FAILED"
+    told = [line for line in job.output.splitlines() if "would idle" in line]
+    line = (
+        "slurm: more GPUs (4) than ranks (1), so that 3 would idle: ask for a rank for each by --ntasks-per-node=4, or set LOFT_IDLE_GPUS=1"
+    )
+    assert told == [line] and "loft: " not in job.output
+    for options, environment in ((("--gpus-per-node=4",), {"LOFT_IDLE_GPUS": "1"}), (("--gpus-per-node=1",), {})):
+        job = submit(cluster, checkout, *options, LOFT_OPTIONS="--epoch 3", **environment)
+        assert job.wait_for_end() == "FAILED" and "loft: No such option '--epoch'" in job.output
+        assert ("more ranks (2) than GPUs (1): they share" in job.output) == ("--gpus-per-node=1" in options)
 
 
 def test_a_recipe_with_data_in_another_place(cluster, checkout, tmp_path):
@@ -247,5 +275,6 @@ def test_the_communication_costs_come_as_a_file(cluster, checkout, undisturbed):
     assert job.wait_for_end() == "COMPLETED", job.output
     report = (checkout / "commcost.txt").read_text()
     assert "preresnet18 ImageNet" in report and f"runs/loft-digits-{undisturbed.number}" in report
-    exchanged = [row for row in report.splitlines() if row.startswith(f"runs/loft-digits-{undisturbed.number} ")]
-    assert exchanged and all(row.endswith("equal") for row in exchanged)
+    assert "LoFT" in report and "handed over" in report
+    own = [row for row in report.splitlines() if row.startswith(f"runs/loft-digits-{undisturbed.number} ")]
+    assert len(own) > 1 and all(row.endswith("  equal") for row in own[1:])  # its totals, and the rows of the proof

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from loft_hpc.filterwise.emergence import Stopping
-from loft_hpc.jobs.distances import stopping_step
+from loft_hpc.jobs.stops import stopping_step
 from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
 
@@ -40,7 +40,7 @@ def stops_at(run: Path, setting: Stopping) -> str:
     """The snapshot at which the training would have stopped, as commands name it; the last one if it never would."""
     opened = Run.open(run)
     names, steps = opened.snapshots.names(), opened.snapshots.score_steps()
-    step = stopping_step(run, setting)
+    step = stopping_step(opened, setting)
     return point_of(names[-1] if step is None else names[steps.index(step)])
 
 

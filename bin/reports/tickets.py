@@ -94,12 +94,20 @@ class Comparison:
     def retrain(self) -> None:
         work = [(finder, seed, ratio) for finder in FINDERS for ratio in RATIOS for seed in SEEDS]
         there = [case for case in work if self.ticket(*case).exists()]
+        tickets = [(self.retrained(*case), (self.ticket(*case),), case[1]) for case in there]
+        # what tickets of trained weights and tickets at initialisation are set against
+        dense = [
+            (self.folder / "retrained" / f"dense-{source}-{rewind}-{seed}", (path, "--dense", "--rewind", rewind), seed)
+            for seed in SEEDS
+            for source, path in (("dense", self.dense(seed)), ("loft", self.source("loft", seed)))
+            for rewind in ("none", "init")
+        ]
         side_by_side([
-            lambda case=case: train(self.retrained(*case), "retrain", self.ticket(*case), *RECIPE, "--seed", case[1], threads=1)
-            for case in there
+            lambda path=path, what=what, seed=seed: train(path, "retrain", *what, *RECIPE, "--seed", seed, threads=1)
+            for path, what, seed in tickets + dense
         ])  # fmt: skip
         self.runs = [self.dense(seed) for seed in SEEDS] + [self.source("loft", seed) for seed in SEEDS]
-        self.runs += [self.retrained(*case) for case in there]
+        self.runs += [path for path, _, _ in tickets + dense]
 
     def compare(self) -> list[dict[str, Any]]:
         plot = self.folder / "plots" / "tickets.png"
@@ -108,21 +116,26 @@ class Comparison:
 
 
 def accuracies(records: Sequence[dict[str, Any]]) -> str:
-    """A row for each finder, a column for each ratio: accuracy, and the density that it comes with."""
+    """A row for each finder, a column for each ratio: accuracy, and the density that it comes with; grouped by what is comparable."""
     tickets = [record for record in records if record["kind"] != "dense"]
     rows = []
-    for method, kind in dict.fromkeys((record["method"], record["kind"]) for record in tickets):
-        mine = {f"{record['pruning_ratio_asked']:g}": record for record in tickets if (record["method"], record["kind"]) == (method, kind)}
+    for start, method, kind in dict.fromkeys((record["start"], record["method"], record["kind"]) for record in tickets):
+        mine = {
+            f"{record['pruning_ratio_asked']:g}": record
+            for record in tickets
+            if (record["start"], record["method"], record["kind"]) == (start, method, kind)
+        }
         cells = [_cell(mine.get(ratio)) for ratio in RATIOS]
         some = [mine[ratio] for ratio in RATIOS if ratio in mine]
         epochs = " / ".join(f"{record['finding_epochs']:.0f}" for record in some)
-        rows.append([method, kind, *cells, epochs])
+        rows.append([start, method, kind, *cells, epochs])
     dense = [
-        [record["method"], "dense", _cell(record), "", "", f"{record['finding_epochs']:.0f}"]
+        [record["start"] or "not retrained", record["method"], "dense", _cell(record), "", "", f"{record['finding_epochs']:.0f}"]
         for record in records
         if record["kind"] == "dense"
     ]
-    return table(["found by", "ticket of", *(f"pruned {100 * float(ratio):g} %" for ratio in RATIOS), "epochs to find it"], dense + rows)
+    header = ["starts from", "found by", "ticket of", *(f"pruned {100 * float(ratio):g} %" for ratio in RATIOS), "epochs to find it"]
+    return table(header, sorted(dense + rows, key=lambda row: (row[0] != "not retrained", row[0])))
 
 
 def _cell(record: dict[str, Any] | None) -> str:

@@ -92,6 +92,13 @@ class Row(Protocol):
     def mean_normalised(self) -> float: ...
 
 
+class Stability(Protocol):
+    """Where a run's rankings are stable."""
+
+    epoch: float | None
+    tolerance: float
+
+
 class Course(Protocol):
     """A run's distances over its pretraining."""
 
@@ -99,55 +106,46 @@ class Course(Protocol):
     label: str
     rows: Sequence[Row]
     losses: Sequence[tuple[float, float]]
+    stability: Stability | None
+    moves: Sequence[tuple[float, float]]
 
 
 def plot_distances(courses: Sequence[Course], path: Path, reference: str) -> None:
-    """The poster's heat map of each run, layers by epochs, darker being closer, over its loss on the same axis.
+    """The poster's heat map of each run, layers by epochs, darker being closer; under it the mean distance, and the training loss.
 
-    For several runs a third row shows their mean distances together; all heat maps have one scale of colours.
+    Distances are shown from 0 (the same ranking) to 1 (a random one), whatever the run. Beside the mean stands what the rule of
+    --stop-when-stable compares, with its tolerance and the epoch at which it ends the training.
     """
-    several = len(courses) > 1
-    heights = [2.2, 1.2] + [1.6] * several
-    width = 5.2 if several else 7.5
-    highest = max(group.normalised for course in courses for row in course.rows for group in row.groups) or 1.0
-    with _figure(path, len(heights), len(courses), (width * len(courses), 2.0 * sum(heights)), height_ratios=heights, sharex="col") as (
-        figure,
-        panels,
-    ):
-        for course, (heat, loss) in zip(courses, panels[:2].T, strict=True):
+    heights = [2.2, 1.6, 1.0]
+    width = 5.2 if len(courses) > 1 else 7.5
+    size = (width * len(courses), 2.0 * sum(heights))
+    with _figure(path, len(heights), len(courses), size, height_ratios=heights, sharex="col", sharey="row") as (figure, panels):
+        for course, (heat, mean, loss) in zip(courses, panels.T, strict=True):
             epochs = np.array([row.epoch for row in course.rows])
             values = np.array([[group.normalised for group in row.groups] for row in course.rows]).T
             names = [group.group for group in course.rows[0].groups]
-            mesh = heat.pcolormesh(_edges(epochs), np.arange(len(names) + 1), values, cmap="magma", vmin=0, vmax=highest)
+            mesh = heat.pcolormesh(_edges(epochs), np.arange(len(names) + 1), values, cmap="magma", vmin=0, vmax=1)
             heat.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
-            heat.invert_yaxis()
+            heat.set_ylim(len(names), 0)
             heat.set_title(course.label)
+            mean.plot(epochs, [row.mean_normalised for row in course.rows], "o-", color="#0072B2", label=_reference_name(reference))
+            if course.moves and reference != "previous":
+                mean.plot(*zip(*course.moves, strict=True), "s--", color="#D55E00", label="the snapshot before (filters in view)")
+            mean.set_ylim(0, 1.05)
+            mean.grid(alpha=0.3)
             loss.plot(*zip(*course.losses, strict=True), color="black", marker=".")
-            loss.set_ylabel("training loss")
             loss.set_xlabel("epochs of pretraining")
-            loss.tick_params(labelbottom=True)
             loss.grid(alpha=0.3)
+            stable = course.stability
+            if stable is not None:
+                mean.axhline(stable.tolerance, color="0.4", linestyle=":", label=f"tolerance {stable.tolerance:g}")
+                for axes in (heat, mean, loss) if stable.epoch is not None else ():
+                    axes.axvline(stable.epoch, color="#009E73", linewidth=1.5, label="rule ends the training")
+            mean.legend(fontsize=7, title="distance to", title_fontsize=7)
+        panels[1][0].set_ylabel("mean over layers")
+        panels[2][0].set_ylabel("training loss")
         figure.colorbar(mesh, ax=list(panels[0]), label="filter distance / that of a random ranking", fraction=0.05)
         figure.suptitle(f"Filter distance of each snapshot to {_reference_name(reference)} (darker: closer)", fontsize=11)
-        if several:
-            _mean_distances(figure, panels[2], courses)
-
-
-def _mean_distances(figure: Any, places: Sequence[Any], courses: Sequence[Course]) -> None:
-    """One panel over the whole width, in place of the row's own."""
-    grid = places[0].get_gridspec()
-    for axes in places:
-        axes.remove()
-    together = figure.add_subplot(grid[-1, :])
-    distinct = len({course.label for course in courses}) == len(courses)
-    for course, (colour, marker) in zip(courses, _cycle(), strict=False):
-        points = [(row.epoch, row.mean_normalised) for row in course.rows]
-        together.plot(*zip(*points, strict=True), color=colour, marker=marker, label=course.label if distinct else str(course.path))
-    together.set_xlabel("epochs of pretraining")
-    together.set_ylabel("mean over layers")
-    together.set_ylim(bottom=0)
-    together.grid(alpha=0.3)
-    together.legend()
 
 
 class Point(Protocol):
@@ -162,11 +160,12 @@ class Point(Protocol):
     pruning_ratio: float
     """What was removed."""
     accuracy: float
-    dense_accuracy: float
+    dense_accuracy: float | None
 
 
 def plot_sweep(points: Sequence[Point], path: Path) -> None:
-    """Accuracy after retraining over the snapshot's epoch: a curve for each label and pruning ratio, a line for the network itself.
+    """Accuracy after retraining over the snapshot's epoch: a curve for each label and pruning ratio, and one for the dense network that was
+    retrained from the same snapshots.
 
     Several runs of one label are averaged; three and more with the 95 % interval of their mean (Student).
     """
@@ -183,8 +182,10 @@ def plot_sweep(points: Sequence[Point], path: Path) -> None:
                 epochs = [float(np.mean([point.epoch for point in group])) for group in groups]
                 means, halves = zip(*(_interval([100 * point.accuracy for point in group]) for group in groups), strict=True)
                 axes.errorbar(epochs, means, yerr=halves, color=colour, marker=marker, capsize=3, label=f"{label}, ticket retrained")
-                dense, _ = mean_interval([100 * accuracy for accuracy in {point.run: point.dense_accuracy for point in mine}.values()])
-                axes.axhline(dense, color=colour, linestyle="--", linewidth=1, label=f"{label}, not pruned, not retrained")
+                dense = [[point.dense_accuracy for point in group] for group in groups]
+                if all(accuracy is not None for accuracies in dense for accuracy in accuracies):
+                    means = [100 * float(np.mean(accuracies)) for accuracies in dense]
+                    axes.plot(epochs, means, color=colour, linestyle="--", linewidth=1, label=f"{label}, dense network retrained")
             axes.set_title(f"{100 * next(point.pruning_ratio for point in points if point.ratio == ratio):.4g} % pruned")
             axes.set_xlabel("epoch of pretraining whose ticket is retrained")
             axes.grid(alpha=0.3)
@@ -203,6 +204,7 @@ class Contender(Protocol):
 
     label: str
     kind: str
+    budget: str
     density: float
     mean: float
     half_width: float
@@ -210,30 +212,37 @@ class Contender(Protocol):
 
 
 def plot_tickets(contenders: Sequence[Contender], path: Path) -> None:
-    """Accuracy after retraining over density: a curve for each method, a line for the dense network; intervals where there are three runs."""
-    dense = [one for one in contenders if one.kind == "dense"]
-    tickets = [one for one in contenders if one.kind != "dense"]
+    """Accuracy after retraining over density: a panel for each budget, for others cannot be compared; in it a curve for each method
+    and a line for the dense network; intervals where there are three runs."""
     lines = {"filter": "-", "layer": ":", "weight": "--"}
-    with _figure(path, 1, 1, (9.5, 5.6)) as (_, panels):
-        axes = panels[0][0]
-        for label, (colour, marker) in zip(dict.fromkeys(one.label for one in tickets), _cycle(), strict=False):
-            mine = sorted((one for one in tickets if one.label == label), key=lambda one: one.density)
-            halves = [100 * one.half_width if len(one.accuracies) > 2 else float("nan") for one in mine]
-            axes.errorbar(
-                [100 * one.density for one in mine], [100 * one.mean for one in mine], yerr=halves, color=colour, marker=marker, capsize=3,
-                linestyle=lines.get(mine[0].kind, "-"), linewidth=1.2, markersize=5, label=label,
-            )  # fmt: skip
-        for one, style in zip(dense, ("-.", (0, (1, 1)), (0, (5, 5))) * len(dense), strict=False):
-            axes.axhline(100 * one.mean, color="0.4", linestyle=style, linewidth=1, label=one.label)
-        axes.set_xscale("log")
-        low, high = axes.get_xlim()
-        marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= mark <= high]
-        axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
-        axes.minorticks_off()
-        axes.set_xlabel("density: parameters that stay (%)")
-        axes.set_ylabel("test accuracy after retraining (%)")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    budgets = list(dict.fromkeys(one.budget for one in contenders if one.kind != "dense"))
+    budgets = budgets or list(dict.fromkeys(one.budget for one in contenders))
+    colours = dict(zip(dict.fromkeys(one.label for one in contenders if one.kind != "dense"), _cycle(), strict=False))
+    with _figure(path, len(budgets), 1, (9.5, 0.8 + 4.8 * len(budgets)), sharex=True) as (_, panels):
+        for (axes,), budget in zip(panels, budgets, strict=True):
+            here = [one for one in contenders if one.budget == budget]
+            for label, (colour, marker) in colours.items():
+                mine = sorted((one for one in here if one.label == label), key=lambda one: one.density)
+                if not mine:
+                    continue
+                halves = [100 * one.half_width if len(one.accuracies) > 2 else float("nan") for one in mine]
+                axes.errorbar(
+                    [100 * one.density for one in mine], [100 * one.mean for one in mine], yerr=halves, color=colour, marker=marker,
+                    capsize=3, linestyle=lines.get(mine[0].kind, "-"), linewidth=1.2, markersize=5, label=label,
+                )  # fmt: skip
+            dense = [one for one in here if one.kind == "dense"]
+            for one, style in zip(dense, ("-.", (0, (1, 1)), (0, (5, 5))) * len(dense), strict=False):
+                axes.axhline(100 * one.mean, color="0.4", linestyle=style, linewidth=1, label=one.label)
+            axes.set_title(budget, fontsize=9)
+            axes.set_xscale("log")
+            low, high = axes.get_xlim()
+            marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= mark <= high]
+            axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
+            axes.minorticks_off()
+            axes.set_ylabel("test accuracy (%)")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        panels[-1][0].set_xlabel("density: parameters that stay (%)")
 
 
 class Cell(Protocol):

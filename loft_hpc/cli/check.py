@@ -1,5 +1,6 @@
 """`loft check`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.pruning import emptied_line
 from loft_hpc.data.registry import DataSettings, Reading
-from loft_hpc.jobs.check import CONTROLS, DENSE, TICKET, CheckSettings, check, to_fields
+from loft_hpc.jobs.check import CONTROLS, TESTS, CheckSettings, check, to_fields
+from loft_hpc.jobs.comparable import start_text
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, ticket_data
+from loft_hpc.jobs.verdicts import DENSE, MOST_SEEDS, OPEN, RULE, TICKET, WINNING, Comparison, Verdict
 from loft_hpc.screen import tell
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
@@ -41,14 +44,35 @@ class CheckProgress:
             tell(f"{done:>3}/{of} of this rank's   {variant}, seed {seed}: {100 * accuracy:.2f} %")
 
 
+def _rewind(context: click.Context, parameter: click.Parameter, test: str) -> str:
+    """A test's name as `RetrainSettings.rewind`."""
+    if test not in TESTS and not re.fullmatch(r"(epoch|step):\d{1,9}", test):
+        raise click.BadParameter(f"'{test}' is none: choose {', '.join(TESTS)}, epoch:K or step:K", context, parameter)
+    return TESTS.get(test, test)
+
+
 @click.command("check")
 @click.argument("ticket", type=click.Path())
 @preset_option("retrain")
 @option(CheckSettings, "seeds", "Trainings of the ticket, of the dense network and of each control.", type=int)
-@option(CheckSettings, "xi", "Percentage points by which a winning ticket may stay behind the dense network.", type=float)
-@option(RetrainSettings, "rewind", "Weights to start from: none (the ticket's), init, epoch:K or step:K.", type=str)
+@option(
+    CheckSettings,
+    "xi",
+    "Percentage points that make no difference: a winning ticket may stay so far behind the dense network.",
+    type=float,
+)
+@click.option(
+    "--test",
+    "rewind",
+    default="practical",
+    show_default=True,
+    metavar="TEST",
+    callback=_rewind,
+    help="practical: from the weights that the ticket has; classical: all rewound to the initialisation, as in the lottery ticket "
+    "hypothesis; epoch:K, step:K: rewound to a snapshot.",
+)
 @reading_options
-@option(RetrainSettings, "epochs", "Walks through the training images, of each training.", type=int)
+@option(RetrainSettings, "epochs", "Passes over the training images, of each training.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step.", type=int)
 @batch_parts_option
 @optimisation_options(lr=LEARNING_RATE)
@@ -59,11 +83,17 @@ class CheckProgress:
 @format_option
 @click.pass_context
 def command(context: click.Context, ticket: str, format: str, **options: Any) -> None:
-    """Is TICKET a winning one? Retrains it, the dense network and controls with one budget, over several seeds.
+    """Is TICKET a winning one? Retrains it, the dense network and controls alike, over several seeds.
 
-    Controls: the mask shuffled within each layer; the surviving weights drawn anew; the lowest scores in place of the highest; a random
-    ticket of as many units whose densities know nothing of this one's (of whole blocks, shuffled ones are that). Each rank trains by itself, so give as many ranks as there are cores
-    to spare. What is done is not done again: give the same command after an interruption, or with more --seeds.
+    Controls: random units, as many in every layer (shuffled); the same units with new random weights (reinitialised); the lowest scores
+    in place of the highest (inverted); random units of as many parameters, at densities that do not know the ticket's (random).
+
+    The verdict, at 95 % confidence from differences seed by seed. better than random: ahead of every control. winning: also at most --xi
+    points behind the dense network, which had the same start and the same training. no better than random: ahead of some control by less
+    than --xi points, if at all. inconclusive: anything else; the number of seeds that would settle it is said.
+
+    Each rank trains by itself, so give as many ranks as there are cores to spare. What is done is not done again: give the same command
+    after an interruption, or with more --seeds. loft compare takes the trainings under TICKET/checks.
 
     Example: mpirun -np 4 loft check runs/RUN/tickets/gem-miner-seed0-0.95 --epochs 10
     """
@@ -85,22 +115,48 @@ def command(context: click.Context, ticket: str, format: str, **options: Any) ->
     job.join()
     quiet = Oversight(Progress(False), job.interruption, Supervision())
     checked = check(Path(ticket), settings, recipe, job.world, CheckProgress(job.speaks and format == "table"), quiet)
-    names = {TICKET: "the ticket", DENSE: "the dense network"} | CONTROLS
+    names = {TICKET: "the ticket", DENSE: "the dense network, from the same start"} | CONTROLS
+    dense = next(variant.size for variant in checked.variants if variant.name == DENSE)
+    compared = {one.name: one for one in checked.verdict.comparisons}
     rows = [
-        [variant.name, names[variant.name], _interval(100 * variant.mean, 100 * variant.half_width, "{:.2f}"),
-         "" if variant.name == TICKET else _interval(variant.advantage, variant.advantage_half_width, "{:+.2f}")]
+        [
+            variant.name,
+            f"{100 * variant.size.parameters / dense.parameters:.1f}",
+            f"{100 * variant.size.flops / dense.flops:.1f}",
+            _interval(100 * variant.mean, 100 * variant.half_width, "{:.2f}"),
+            *_ahead(compared.get(variant.name)),
+            names[variant.name],
+        ]
         for variant in checked.variants
-    ]  # fmt: skip
-    header = ["variant", "what it is", "accuracy, %", "the ticket is ahead by, points"]
-    emptied = [emptied_line(f"{ticket} ({name})", layers) for name, layers in checked.emptied.items()]
-    notes = f"{100 * checked.pruning_ratio:.4g} % pruned; {settings.seeds} seeds; 95 % intervals (Student), differences seed by seed"
+    ]
+    header = ["network", "parameters, %", "FLOPs, %", "accuracy, %", "ticket ahead by, points", "passed", "what it is"]
+    notes = [emptied_line(f"{ticket} ({variant.name})", variant.emptied) for variant in checked.variants if variant.emptied]
     if checked.note:
-        notes += f"\nnote: {checked.note}"
-    job.show(
-        format,
-        {"ticket": ticket, **to_fields(checked)},
-        "\n".join([table(header, rows), notes, *emptied, f"verdict: {checked.verdict} ({checked.why})"]),
-    )
+        notes.append(f"note: {checked.note}")
+    epochs = options["epochs"]
+    lines = [
+        f"verdict: {checked.verdict.name} ({checked.verdict.why})",
+        f"{ticket}, {100 * checked.pruning_ratio:.4g} % pruned: every network retrained for {epochs} epoch{'s' * (epochs > 1)} from "
+        f"{start_text(checked.start)}, {settings.seeds} seed{'s' * (settings.seeds > 1)}",
+        table(header, rows, left=(0, 6)),
+        f"{RULE} ({settings.xi:g}); +-: 95 % interval (Student).",
+        *notes,
+        next_step(ticket, checked.verdict, settings),
+    ]
+    job.show(format, {"ticket": ticket, **to_fields(checked)}, "\n".join(lines))
+
+
+def next_step(ticket: str, verdict: Verdict, settings: CheckSettings) -> str:
+    if verdict.name == WINNING:
+        return f"next: loft export {ticket} --output FILE.onnx, or loft measure {ticket}"
+    needed = verdict.seeds_needed or 0
+    if any(one.passed == OPEN for one in verdict.comparisons) and needed <= MOST_SEEDS:
+        return f"next: the same command with --seeds {max(needed, settings.seeds + 2)}; what is trained is kept"
+    return "next: another --method or a smaller --ratio of loft prune, or more --epochs of retraining with a --name of their own"
+
+
+def _ahead(one: Comparison | None) -> list[str]:
+    return ["", ""] if one is None else [_interval(one.advantage, one.half_width, "{:+.2f}"), one.passed]
 
 
 def _interval(value: float, half: float, form: str) -> str:

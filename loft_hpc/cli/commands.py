@@ -16,6 +16,7 @@ COMMANDS = {
     "measure": "Accuracy, size, latency and filter distance.",
     "export": "A network as a file that others run: torch.export, ONNX, safetensors.",
     "commcost": "The communication-cost report.",
+    "plan": "What a job script would take: hours, GPU-hours and bytes.",
     "doctor": "What is installed, what is missing, how to mend it.",
 }
 

@@ -9,10 +9,12 @@ import click
 
 from loft_hpc.analysis.poster import poster_table
 from loft_hpc.analysis.timing import Cluster
-from loft_hpc.cli.commcost_reports import case_report, poster_report, run_fields, run_report, title
+from loft_hpc.cli.commcost_reports import case_report, poster_report, title
+from loft_hpc.cli.commcost_runs import run_records, run_report
 from loft_hpc.cli.context import Job, Report
 from loft_hpc.cli.options import cluster_option, fill, option, plot_option, several, typed
-from loft_hpc.cli.pretrain import loft_options, pipeline_options
+from loft_hpc.cli.presets import preset_option
+from loft_hpc.cli.pretrain import EPOCHS_HELP, loft_options, pipeline_options
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings, known_shape
 from loft_hpc.filterwise.emergence import Stopping
 from loft_hpc.filterwise.loft import LoftSettings
@@ -41,7 +43,7 @@ case_options = several(
     option(PretrainSettings, "widen", "Hidden filters as a multiple of the stage's width.  [default: 2 for wideresnet, else 1]", type=float),
     click.option("--dataset", type=click.Choice(DATASET_NAMES), default="cifar10", show_default=True, help="Data set (not read: its shape counts)."),
     click.option("--image-size", type=click.IntRange(8), help="Pixels per side.  [default: the data set's own]"),
-    option(PretrainSettings, "epochs", "Walks through the training images, per worker.", type=int),
+    option(PretrainSettings, "epochs", EPOCHS_HELP, type=int),
     option(PretrainSettings, "rounds", "Rounds of LoFT, in place of those that the epochs make.", type=int),
     option(PretrainSettings, "batch_size", "Images per step: of each worker under loft, of all together under data-parallel and gpipe.", type=int),
     click.option("--strategy", "strategies", multiple=True, type=click.Choice(STRATEGIES), default=STRATEGIES, help="Repeat for more.  [default: all]"),
@@ -53,6 +55,8 @@ case_options = several(
 
 @click.command("commcost")
 @click.argument("runs", metavar="[RUN...]", nargs=-1, type=click.Path())
+@click.option("--verify", is_flag=True, help="With runs: print every row of their ledgers beside the closed formula.")
+@preset_option("pretrain", partly=True)
 @case_options
 @cluster_option("predicts times too.")
 @plot_option("bytes (and times) over workers.")
@@ -61,38 +65,55 @@ case_options = several(
 )
 @click.pass_context
 def command(
-    context: click.Context, runs: tuple[str, ...], strategies: tuple[str, ...], workers: tuple[int, ...], cluster_name: str | None,
-    plot: Path | None, format: str, **options: Any,
+    context: click.Context, runs: tuple[str, ...], verify: bool, strategies: tuple[str, ...], workers: tuple[int, ...],
+    cluster_name: str | None, plot: Path | None, format: str, **options: Any,
 ) -> None:  # fmt: skip
-    """What training costs in communication: the poster's table, any case, or the ledgers of real runs beside the formulas.
+    """How many bytes training sends: of real runs, of any case, or in the poster's table.
 
-    With nothing given, the poster's column is recomputed: GPipe and LoFT, printed and by formula. With options of a case, the bytes
-    that each strategy sends over the whole training, and with --cluster the seconds of an epoch by an alpha-beta model. With the
-    folders of pretraining runs, every run's byte ledger beside the closed formula for that run.
+    With the folders of runs (loft pretrain, loft retrain): how many times fewer bytes each sent than the GPipe run among them, or than the
+    one that sent most, and their totals, counted in three ways. Of a LoFT run alone, also what GPipe and data-parallel training would have
+    sent. Their ledgers must equal the closed formulas to the byte; where one does not, the command fails.
+
+    With options of a case: the bytes that each strategy would send over the whole training, by the formulas, and with --cluster the seconds
+    of an epoch by an alpha-beta model. With nothing: the poster's column, GPipe and LoFT, printed and by formula.
 
     \b
-    Examples: loft commcost
+    Examples: loft commcost runs/LOFT runs/GPIPE
+              loft commcost --preset imagenet-preresnet18 --workers 4,16
               loft commcost --model preresnet34 --widen 2 --workers 2,4 --exchange alltoall --partition all-blocks
               loft commcost --cluster ethernet-1g --plot cost.png
-              loft commcost runs/RUN
     """
     job: Job = context.obj
     job.join()
-    chosen = typed(context) - {"format", "runs"}
+    of_case = typed(context) - {"format", "runs", "verify"} or context.default_map  # which a preset fills
     if runs:
-        if chosen:
+        if of_case:
             raise click.UsageError("options of a case say nothing about a run: give runs or options")
-        costs = [run_cost(Path(run)) for run in runs]
-        _show(job, format, "runs", run_report(costs), [run_fields(cost) for cost in costs])
-    elif chosen:
+        _runs(job, [Path(run) for run in runs], verify, format)
+    elif verify:
+        raise click.UsageError("--verify sets runs beside the formula: give their folders")
+    elif of_case:
         _case(job, strategies, workers, cluster_name, plot, format, options)
     else:
         report = poster_report(poster_table())
-        _show(job, format, "poster", report, list(report.records))
+        _show(job, format, "poster", report)
 
 
-def _show(job: Job, format: str, name: str, report: Report, fields: list[dict]) -> None:
-    job.show(format, {name: fields}, report.printed(format))
+def _runs(job: Job, paths: Sequence[Path], verify: bool, format: str) -> None:
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise click.UsageError("a run is given twice")
+    costs = [run_cost(path) for path in paths]
+    text = run_report(costs, verify, format)
+    if verify:  # the proof is shown where it fails too
+        job.show(format, run_records(costs), text)
+    for cost in costs:
+        cost.refuse_difference()
+    if not verify:
+        job.show(format, run_records(costs), text)
+
+
+def _show(job: Job, format: str, name: str, report: Report) -> None:
+    job.show(format, {name: list(report.records)}, report.printed(format))
 
 
 def _case(
@@ -123,4 +144,4 @@ def _case(
 
         job.once(lambda: plot_costs(predictions, plot, title(settings), cluster.name if cluster else None))
     report = case_report(predictions, settings, cluster)
-    _show(job, format, "cases", report, list(report.records))
+    _show(job, format, "cases", report)

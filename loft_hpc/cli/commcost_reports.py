@@ -1,13 +1,19 @@
-"""What `loft commcost` prints: the poster's table, cases, and runs, each for people and for programs."""
-
-from dataclasses import asdict
+"""What `loft commcost` prints without a run: the poster's table and cases, each for people and for programs."""
 
 from loft_hpc.analysis.poster import PosterRow
 from loft_hpc.analysis.timing import Cluster
 from loft_hpc.cli.context import Report
-from loft_hpc.jobs.commcost import LedgerRow, RunCost
+from loft_hpc.cli.units import bytes_text
 from loft_hpc.jobs.prediction import Prediction, winners
 from loft_hpc.jobs.pretrain import PretrainSettings
+
+COLUMNS = [
+    "handed over: what the workers put into the exchanges of rounds and steps, each worker's part counted once. A paper quotes this column "
+    "and says so: the LoFT poster's table counts this way.",
+    "delivered: what the workers receive from these exchanges. An all-gather brings every part to every worker, so this is more.",
+    "on the wire: what the workers send over the network for them, all-reduces and all-gathers being rings (docs/communication.md).",
+]
+"""The three ways to count, for every table of this command."""
 
 
 def title(settings: PretrainSettings) -> str:
@@ -21,7 +27,7 @@ def title(settings: PretrainSettings) -> str:
 
 
 def case_report(predictions: list[Prediction], settings: PretrainSettings, cluster: Cluster | None) -> Report:
-    header = ["strategy", "workers", "delivered", "handed over", "on the wire"]
+    header = ["strategy", "workers", "handed over", "delivered", "on the wire", "images"]
     if cluster:
         header += ["s/epoch", "computing", "not hidden", ""]
     best = winners(predictions)
@@ -30,9 +36,10 @@ def case_report(predictions: list[Prediction], settings: PretrainSettings, clust
         row = [prediction.strategy, str(prediction.workers)]
         seconds = prediction.seconds_per_epoch
         if prediction.impossible:
-            row += ["-", "-", "-"] + (["-", "-", "-", ""] if cluster else [])
+            row += ["-"] * 4 + (["-", "-", "-", ""] if cluster else [])
         else:
-            row += [f"{size / 1e9:.2f}G" for size in (prediction.delivered_bytes, prediction.handed_over_bytes, prediction.wire_bytes)]
+            sizes = (prediction.handed_over_bytes, prediction.delivered_bytes, prediction.wire_bytes)
+            row += [*map(bytes_text, sizes), f"{prediction.images:,}"]
             if seconds:
                 shortest = (
                     "shortest" if best[prediction.workers] == prediction.strategy and len({p.strategy for p in predictions}) > 1 else ""
@@ -46,6 +53,7 @@ def case_report(predictions: list[Prediction], settings: PretrainSettings, clust
                 "delivered_bytes": None if prediction.impossible else prediction.delivered_bytes,
                 "handed_over_bytes": None if prediction.impossible else prediction.handed_over_bytes,
                 "wire_bytes": None if prediction.impossible else prediction.wire_bytes,
+                "images": None if prediction.impossible else prediction.images,
                 "epoch_seconds": seconds and seconds.total,
                 "epoch_compute_seconds": seconds and seconds.compute,
                 "epoch_not_hidden_seconds": seconds and seconds.communicate,
@@ -53,16 +61,18 @@ def case_report(predictions: list[Prediction], settings: PretrainSettings, clust
             }
         )
     notes = [title(settings) + "."]
-    notes += ["G: 10^9 bytes, all workers together, over the whole training without evaluations. delivered: payload that reaches workers."]
+    notes += ["By the closed formulas: all workers together, over the whole training, without its start, evaluations and checkpoints."]
+    notes += [*COLUMNS, "images: training images of all workers together, those of every repetition counted."]
+    strategies = {prediction.strategy for prediction in predictions if not prediction.impossible}
+    if "loft" in strategies and len(strategies) > 1 and not settings.loft.shard_data:
+        notes += [
+            "An epoch of loft is every worker's own walk through all images (--shard-data: a shard); of the others, one walk of all together."
+        ]
     if cluster:
         notes += [
-            f"Times: alpha-beta model of {cluster.name} ({cluster.latency_seconds:g} s, {cluster.bandwidth_bytes_per_second:g} bytes/s, {cluster.flops_per_second:g} FLOP/s per worker).",
+            f"Times: alpha-beta model of {cluster.name} ({cluster.described}).",
             *_where_each_wins(best),
         ]  # fmt: skip
-        if "loft" in best.values() and not settings.loft.shard_data:
-            notes += [
-                "An epoch of loft is every worker's own walk through all images (--shard-data: a shard); of the others, one walk of all together."
-            ]
     reasons: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         if prediction.impossible:
@@ -90,12 +100,12 @@ def poster_report(rows: list[PosterRow]) -> Report:
         [
             f"{row.cell.setting.model} {row.cell.setting.dataset}",
             str(row.cell.workers),
-            f"{row.gpipe_gigabytes:.2f}G",
-            f"{row.cell.gpipe_printed_gigabytes:.2f}G",
+            _gigabytes(row.gpipe_gigabytes),
+            _gigabytes(row.cell.gpipe_printed_gigabytes),
             f"{100 * row.gpipe_unexplained:+.2f} %",
-            f"{row.loft_gigabytes:.4f}G",
-            f"{row.cell.loft_printed_gigabytes:.2f}G",
-            f"{row.loft_difference_gigabytes:+.4f}G",
+            _gigabytes(row.loft_gigabytes),
+            _gigabytes(row.cell.loft_printed_gigabytes),
+            bytes_text(1e9 * row.loft_difference_gigabytes),
             f"{row.improvement:.2f}x",
             f"{row.printed_quotient:.2f}x",
             f"{row.cell.improvement_printed:.2f}x",
@@ -105,23 +115,28 @@ def poster_report(rows: list[PosterRow]) -> Report:
     ]
     worst = max(abs(row.loft_difference_gigabytes) for row in rows)
     notes = [
-        "G: 10^9 bytes. LoFT: 4 bytes * R * (P + S * C), what S workers hand over in R transfers (500 on CIFAR, 6000 on ImageNet).",
-        f"Largest difference of LoFT from the printed cells: {worst:.4f}G.",
+        "Bytes handed over, all workers together, in the poster's unit: 1 GB is 10^9 bytes.",
+        "LoFT: 4 bytes * R * (P + S * C), R transfers (500 on CIFAR, 6000 on ImageNet).",
+        f"Largest difference of LoFT from the printed cells: {bytes_text(1e9 * worst)}.",
         "GPipe: 2 * 4 bytes * images * epochs * elements at the cuts (10 epochs on CIFAR, 20 on ImageNet). Cuts: after stage 2; after stages 1, 2, 3.",
     ]
     notes += [
         f"{row.cell.setting.model} on {row.cell.setting.dataset}, {row.cell.workers} workers: cuts after blocks "
-        f"{', '.join(map(str, row.cell.setting.cuts[row.cell.workers]))} fit; after the stages it would be {row.gpipe_at_stages_gigabytes:.2f}G."
+        f"{', '.join(map(str, row.cell.setting.cuts[row.cell.workers]))} fit; after the stages it would be {_gigabytes(row.gpipe_at_stages_gigabytes)}."
         for row in rows
         if row.gpipe_at_stages_gigabytes != row.gpipe_gigabytes
     ]
     notes += [
         f"misprint: {row.cell.setting.model} on {row.cell.setting.dataset} with {row.cell.workers} workers is printed {row.cell.improvement_printed:.2f}x, "
-        f"but {row.cell.gpipe_printed_gigabytes:.2f}G / {row.cell.loft_printed_gigabytes:.2f}G = {row.printed_quotient:.2f}x."
+        f"but {_gigabytes(row.cell.gpipe_printed_gigabytes)} / {_gigabytes(row.cell.loft_printed_gigabytes)} = {row.printed_quotient:.2f}x."
         for row in rows
         if row.misprint
     ]
     return Report(header, lines, [_poster_fields(row) for row in rows], notes)
+
+
+def _gigabytes(number: float) -> str:
+    return bytes_text(1e9 * number, "GB", 2)
 
 
 def _poster_fields(row: PosterRow) -> dict:
@@ -147,53 +162,4 @@ def _poster_fields(row: PosterRow) -> dict:
         "improvement_of_printed": row.printed_quotient,
         "improvement_printed": row.cell.improvement_printed,
         "misprint": row.misprint,
-    }
-
-
-def run_report(costs: list[RunCost]) -> Report:
-    header = ["run", "strategy", "S", "operation", "purpose", "delivered: formula", "ledger", "wire: formula", "ledger", ""]
-    rows, records = [], []
-    for cost in costs:
-        for row in cost.rows:
-            pairs = [
-                (row.formula.payload_received_bytes, row.ledger.payload_received_bytes),
-                (row.formula.wire_sent_bytes, row.ledger.wire_sent_bytes),
-            ]
-            rows.append(
-                [
-                    str(cost.path), cost.strategy, str(cost.workers), row.operation, row.purpose,
-                    *(f"{value:,}" for pair in pairs for value in pair), "equal" if row.equal else "DIFFERENT",
-                ]
-            )  # fmt: skip
-            records.append(
-                {"path": str(cost.path), "strategy": cost.strategy, "workers": cost.workers}
-                | {key: value for key, value in _row_fields(row).items() if not isinstance(value, dict)}
-                | {f"{side}_{name}": value for side in ("formula", "ledger") for name, value in _row_fields(row)[side].items()}
-            )
-    notes = [f"{cost.path}: {cost.ledger_bytes:,} bytes handed over in exchanges, {cost.formula_bytes:,} by the formula." for cost in costs]
-    notes += [
-        "Bytes, all ranks together. Not in the formulas: "
-        + "; ".join(f"{cost.control_bytes:,} of control in {cost.path}" for cost in costs)
-        + "."
-    ]
-    return Report(header, rows, records, notes)
-
-
-def _row_fields(row: LedgerRow) -> dict:
-    wanted = ("payload_sent_bytes", "payload_received_bytes", "wire_sent_bytes", "wire_received_bytes")
-    sides = {side: {name: value for name, value in asdict(getattr(row, side)).items() if name in wanted} for side in ("formula", "ledger")}
-    return {"operation": row.operation, "purpose": row.purpose, "equal": row.equal, **sides}
-
-
-def run_fields(cost: RunCost) -> dict:
-    return {
-        "path": str(cost.path),
-        "strategy": cost.strategy,
-        "workers": cost.workers,
-        "steps": cost.steps,
-        "rounds": cost.rounds,
-        "formula_bytes": cost.formula_bytes,
-        "ledger_bytes": cost.ledger_bytes,
-        "control_bytes": cost.control_bytes,
-        "operations": [_row_fields(row) for row in cost.rows],
     }

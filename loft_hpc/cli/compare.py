@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from loft_hpc.cli.context import Job, Report
+from loft_hpc.cli.context import Job, Report, table
 from loft_hpc.cli.measuring import NO_TRAINING_MEMORY, measure_options, measure_settings
 from loft_hpc.cli.options import device_option, fill, plot_option, reading_options
 from loft_hpc.data.registry import Reading
@@ -13,7 +13,7 @@ from loft_hpc.jobs.compare import Contender, compare, to_fields
 
 
 @click.command("compare")
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
+@click.argument("runs", metavar="RUN_OR_TICKET...", nargs=-1, required=True, type=click.Path())
 @measure_options(energy=True, robustness=True)
 @reading_options
 @plot_option("accuracy after retraining over density, with 95 % intervals.")
@@ -23,11 +23,13 @@ from loft_hpc.jobs.compare import Contender, compare, to_fields
 )
 @click.pass_context
 def command(context: click.Context, runs: tuple[str, ...], plot: Path | None, device: str, format: str, **options: Any) -> None:
-    """One table of retrained tickets, whatever found them: accuracy, size, cost of finding, latency, memory, energy, robustness.
+    """Retrained tickets side by side, whatever found them: accuracy, size, cost of finding, latency, memory, energy, robustness.
 
-    RUNs are those of loft retrain, and of loft pretrain for the dense networks. Runs that differ in their seed alone make one row; latency,
-    memory, energy and robustness are then those of the first. Density is the share of the dense network's parameters (the poster and this
-    program speak of pruning ratios, the share removed; the Gem-Miner paper calls the density sparsity).
+    Give runs of loft retrain (a ticket stands for its own), and of loft pretrain. What had another start or another training stands in a
+    table of its own: it cannot be ranked against the others. "Against dense" is the difference to the dense network that was retrained from
+    the same start, by the same recipe and seed (loft retrain RUN --dense, or loft check); it is empty where that was not done. Runs that
+    differ in their seed alone make one row; latency, memory, energy and robustness are then those of the first. Density is the share of the
+    dense network's parameters that stays (the Gem-Miner paper calls it sparsity; a pruning ratio is the share removed).
 
     Example: loft compare runs/* --plot accuracy.png
     """
@@ -36,19 +38,20 @@ def command(context: click.Context, runs: tuple[str, ...], plot: Path | None, de
     if len({Path(run).resolve() for run in runs}) < len(runs):
         raise click.UsageError("a run is given twice")
     job.join()
-    contenders = compare([Path(run) for run in runs], settings, fill(Reading, options), device, job.world)
-    contenders = sorted(contenders, key=lambda one: (one.kind != "dense", -one.density, one.label))
+    compared = compare([Path(run) for run in runs], settings, fill(Reading, options), device, job.world)
+    contenders = sorted(compared.contenders, key=lambda one: (bool(one.start), one.budget, one.kind != "dense", -one.density, one.label))
     if plot:
         from loft_hpc.analysis.plots import plot_tickets
 
         job.once(lambda: plot_tickets(contenders, plot))
     records = [to_fields(one, settings.carbon_intensity) for one in contenders]
     header = [
-        "method", "kind", "density", "FLOPs", "accuracy, %", "runs", "against dense, points", "epochs to find", "GB sent to find", "speed-up",
-        "training memory", "energy saved", "FGSM, %", "PGD, %", "corrupted, %",
+        "method", "kind", "density", "FLOPs", "accuracy, %", "runs", "against dense, points", "images seen", "epochs to find", "GB sent to find",
+        "speed-up", "training memory", "energy saved", "FGSM, %", "PGD, %", "corrupted, %",
     ]  # fmt: skip
     notes = [
         "density: parameters that stay; FLOPs: share of the dense network's, a multiply-add counting 2, weights that are masked left out",
+        "images seen: by the weights, in pretraining and retraining, of all workers together; epochs to find: of all workers together",
         f"intervals: 95 %, Student; speed-up: latency of {settings.latency_batch} images, dense over ticket",
     ]
     if settings.latency_batch < 2:
@@ -62,8 +65,19 @@ def command(context: click.Context, runs: tuple[str, ...], plot: Path | None, de
             + ", ".join(map(str, settings.severities))
         )
     notes += [f"note: {one.measured.note}" for one in contenders if one.measured.note]
-    report = Report(header, [_row(one) for one in contenders], records, notes)
-    job.show(format, {"tickets": records}, report.printed(format))
+    notes += [f"note: {note}" for note in compared.notes]
+    missing = dict.fromkeys(one.dense_command for one in contenders if one.dense_command)
+    notes += [f"against dense is empty where that network was not retrained likewise: {command}" for command in missing]
+    rows = [_row(one) for one in contenders]
+    if format == "table":
+        budgets = list(dict.fromkeys(one.budget for one in contenders))
+        tables = [
+            f"{budget}\n{table(header, [row for row, one in zip(rows, contenders, strict=True) if one.budget == budget])}"
+            for budget in budgets
+        ]
+        job.say("\n\n".join(tables) + "\n\n" + "\n".join(notes))
+        return
+    job.show(format, {"tickets": records, "notes": list(compared.notes)}, Report(header, rows, records, notes).printed(format))
 
 
 def _row(one: Contender) -> list[str]:
@@ -83,6 +97,7 @@ def _row(one: Contender) -> list[str]:
         interval(100 * one.mean, None if fields["accuracy_half_width"] is None else 100 * one.half_width, "{:.2f}"),
         str(len(one.paths)),
         "" if one.kind == "dense" else interval(fields["against_dense_points"], fields["against_dense_half_width_points"], "{:+.2f}"),
+        "" if one.images is None else f"{one.images:,}",
         f"{one.cost.epochs:.1f}",
         f"{one.cost.payload_bytes / 1e9:.2f}",
         f"{fields['speedup']:.2f}x",

@@ -71,6 +71,8 @@ class Report:
     rows: Sequence[Sequence[str]]
     records: Sequence[dict[str, Any]]
     notes: Sequence[str] = ()
+    answers: Sequence[str] = ()
+    """What a person wants to know, before the table."""
 
     def printed(self, format: str) -> str:
         """As `table`, `csv` (the records) or `latex` (a tabular of the table)."""
@@ -84,23 +86,24 @@ class Report:
             lines = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in [self.header, *self.rows]]
             columns = "l" + "r" * (len(self.header) - 1)
             body = "\n".join([lines[0], r"\hline", *lines[1:]])
-            return "\n".join([rf"\begin{{tabular}}{{{columns}}}", body, r"\end{tabular}", *(f"% {note}" for note in self.notes)])
-        return "\n".join([table(self.header, self.rows), *self.notes])
+            return "\n".join(
+                [rf"\begin{{tabular}}{{{columns}}}", body, r"\end{tabular}", *(f"% {line}" for line in [*self.answers, *self.notes])]
+            )
+        answers = [*self.answers, ""] if self.answers else []
+        return "\n".join([*answers, table(self.header, self.rows), *self.notes])
 
 
 def _latex(cell: str) -> str:
     return "".join("\\" + letter if letter in "%_&#$" else letter for letter in cell)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Aligned columns: those of `left` to the left, the others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *others = (
-            cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join([first, *others]).rstrip()
+        places = enumerate(zip(cells, widths, strict=True))
+        return "  ".join(cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in places).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
 

@@ -34,15 +34,13 @@ TENTHS = 10
 @click.option(
     "--loader-workers",
     type=click.IntRange(0, MAX_LOADER_WORKERS),
-    default=2,
-    show_default=True,
-    help="Processes that decode for --every-image.",
+    help="Processes that decode for --every-image.  [default: one for each core]",
 )
 @format_option
 @click.pass_context
 def command(
     context: click.Context, data_dir: str, dataset: str | None, leave_out: tuple[str, ...], every_image: bool, broken_path: str | None,
-    loader_workers: int, format: str,
+    loader_workers: int | None, format: str,
 ) -> None:  # fmt: skip
     """Say what is installed and what is missing, each with what mends it, and which data can be read.
 
@@ -57,7 +55,7 @@ def command(
     if dataset is None:
         findings = examine(Path(data_dir))
     else:
-        finding, data = look(dataset, Path(data_dir), leave_out, loader_workers)
+        finding, data = look(dataset, Path(data_dir), leave_out)
         findings = [finding]
         if every_image and data is not None and job.speaks:
             broken = broken_images(data, loader_workers, _tell_progress)

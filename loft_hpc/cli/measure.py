@@ -34,7 +34,7 @@ from loft_hpc.models.scores import CRITERIA
     help="Pruning ratio in view of --distance-to: only the filters that it leaves count (0: all).",
 )
 @plot_option(
-    "the distances as a heat map of layers and epochs (darker is closer) over the loss; for several runs their mean distances too."
+    "the distances as a heat map of layers and epochs (darker is closer), their mean with the rule that ends a training, and the loss."
 )
 @reading_options
 @measure_options(energy=False, robustness=False)
@@ -88,6 +88,8 @@ def command(
     ]
     notes = [f"FLOPs per image, a multiply-add counting 2; latency: median of {settings.repetitions} passes"]
     notes += [f"note: {result.note}" for result in results if result.note]
+    if any(result.subject.kind == "ticket" for result in results):
+        notes.append("a ticket's accuracy is that before retraining: give the run of loft retrain for the one after it")
     if settings.latency_batch < 2:
         notes.append(NO_TRAINING_MEMORY)
     tables = [table(header, rows), *notes]

@@ -79,9 +79,12 @@ data_options = several(
     ),
     option(DataSettings, "image_size", "Pixels per side, for textures, synthetic, imagenet and imagefolder.", type=click.IntRange(8)),
     option(DataSettings, "download", "Fetch fashion-mnist, cifar10 or cifar100 into --data-dir first (rank 0 alone does).", is_flag=True),
-    option(DataSettings, "loader_workers", "Processes per rank that decode image files.", type=click.IntRange(0)),
+    option(
+        DataSettings, "loader_workers",
+        "Processes per rank that decode image files.  [default: one less than the cores of a rank, at most 8]", type=click.IntRange(0),
+    ),
     leave_out_option,
-)
+)  # fmt: skip
 
 reading_options = several(
     click.option("--data-dir", type=click.Path(), help="Folder of the data set, where it is not the one that the run used."),
@@ -184,7 +187,7 @@ checkpoint_options = several(
 
 supervision_options = several(
     option(
-        Supervision, "stall_seconds", "End the job when a rank gives no sign of life, or does not get on, for so many seconds (0: never).",
+        Supervision, "stall_seconds", "End the job when a rank sends no heartbeat, or makes no progress, for so many seconds (0: never).",
         type=float,
     ),
     click.option(

@@ -19,14 +19,20 @@ def read_preset(name: str) -> dict[str, dict[str, Any]]:
     return tomllib.loads((FOLDER / f"{name}.toml").read_text())
 
 
-def preset_option(*sections: str) -> Any:
-    """--preset: the values of these sections become the defaults of the command's options; what is typed overrides them."""
+def preset_option(*sections: str, partly: bool = False) -> Any:
+    """--preset: the values of these sections become the defaults of the command's options; what is typed overrides them.
+
+    `partly`: the command has only some of their options, and the other values decide nothing in it.
+    """
 
     def apply(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
         if name is not None:
             parameters = {flag.lstrip("-"): known.name for known in context.command.params for flag in known.opts}
             preset = read_preset(name)
-            context.default_map = {parameters[option]: value for section in sections for option, value in preset[section].items()}
+            values = {
+                option: value for section in sections for option, value in preset[section].items() if not partly or option in parameters
+            }
+            context.default_map = {parameters[option]: value for option, value in values.items()}
         return name
 
     return click.option(

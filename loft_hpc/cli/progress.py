@@ -14,12 +14,17 @@ from loft_hpc.screen import erase_line, tell
 class Progress:
     """Tells what the session reports, on rank 0."""
 
-    def __init__(self, speaks: bool):
-        self._speaks = speaks
+    def __init__(self, speaks: bool, title: str = ""):
+        """`title`: what is trained, for the first line."""
+        self._speaks, self._title = speaks, title
         self._bar: Any = None
         self._done = 0
         self.notes: list[str] = []
         """What `noted` was told, for JSON."""
+
+    def prepared(self, epoch_images: int) -> None:
+        if self._speaks:
+            tell(f"{self._title}; an epoch is {epoch_images:,} images of all ranks together")
 
     def started(self, path: str, total_steps: int, done_steps: int) -> None:
         self._done = done_steps
@@ -53,7 +58,7 @@ class Progress:
 
     def other_world_size(self, before: int, now: int) -> None:
         if self._speaks:
-            tell(f"{before} ranks began this run, {now} go on: deals, data order and rounding are others from here on")
+            tell(f"this run had {before} ranks and has {now} now: partitions, data order and rounding differ from here on")
 
     def fell_back(self, problem: str) -> None:
         tell(f"loft: note: the newest checkpoint is broken, an earlier one is used: {problem}", error=True)
@@ -67,4 +72,4 @@ class Progress:
         if self._bar:
             self._bar.render_finish()
         if self._speaks:
-            tell(f"the filters' rankings stand still: stopped after {epoch:g} of {epochs} epochs")
+            tell(f"the filters' rankings are stable: stopped after {epoch:g} of {epochs} epochs")

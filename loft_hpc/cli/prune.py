@@ -13,6 +13,7 @@ from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.pruning import emptied_line, finder_options, prunings_of, removed_text
 from loft_hpc.data.registry import Reading
+from loft_hpc.jobs.comparable import start_name, start_text
 from loft_hpc.jobs.prune import prune
 from loft_hpc.jobs.source import BLOCK_CHOICES, Surroundings
 from loft_hpc.training.settings import Supervision
@@ -98,6 +99,7 @@ def command(
                 "pruning_ratio_asked": result.pruning.ratio,
                 **{name: result.ticket.provenance[name] for name in ("pruning_ratio", "removed_units", "prunable_units", "emptied_layers")},
                 "kind": result.ticket.mask.kind,
+                "start": start_name(result.ticket.provenance),
                 "filters": sum(result.ticket.hidden_widths.values()),
                 "parameters": result.size.parameters,
                 "flops": result.size.flops,
@@ -121,4 +123,11 @@ def command(
     ]
     header = ["ticket", "pruned", "parameters", "of dense", "FLOPs of dense", "accuracy, not retrained", "epochs to find it"]
     emptied = [emptied_line(str(result.ticket.path), layers) for result in results if (layers := result.ticket.mask.emptied())]
-    job.show(format, fields, "\n".join([table(header, rows), *emptied]))
+    first = results[0].ticket
+    lines = [
+        table(header, rows),
+        *emptied,
+        f"tickets start from {start_text(start_name(first.provenance))}",
+        f"next: mpirun -np {max(job.world.size, 4)} loft retrain {first.path}",
+    ]
+    job.show(format, fields, "\n".join(lines))

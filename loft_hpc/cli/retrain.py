@@ -1,11 +1,13 @@
 """`loft retrain`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from loft_hpc.cli.context import Job, format_option
+from loft_hpc.cli.dryrun import dry_run_options, show_plan, wants_plan
 from loft_hpc.cli.options import (
     batch_parts_option,
     checkpoint_options,
@@ -25,16 +27,39 @@ from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings, Reading
+from loft_hpc.jobs.comparable import dense_ticket
+from loft_hpc.jobs.dryrun import retraining
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, other_data, retrain, ticket_data
+from loft_hpc.runs.run import Run
 from loft_hpc.screen import tell
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
 
+TICKETS_OWN = frozenset(("dataset", "data_dir", "image_size", "loader_workers"))
+"""Options whose values are the ticket's where they are not given."""
+
+
+def retraining_settings(context: click.Context, data: DataSettings) -> RetrainSettings:
+    """The settings that the options of `loft retrain` say, on these data."""
+    options = context.params
+    return fill(
+        RetrainSettings,
+        options,
+        transfer=options["dataset"] is not None,
+        data=data,
+        optimisation=fill(Optimisation, options),
+        evaluation=fill(Evaluation, options),
+        computation=fill(Computation, options),
+        snapshots=fill(Snapshots, options),
+        checkpoints=fill(Checkpointing, options),
+    )
+
 
 @click.command("retrain")
 @click.argument("ticket", type=click.Path())
 @preset_option("retrain")
+@click.option("--dense", is_flag=True, help="TICKET is a pretraining run: retrain its dense network, to compare tickets with.")
 @option(
     RetrainSettings,
     "rewind",
@@ -45,12 +70,12 @@ from loft_hpc.training.watching import Oversight
 @click.option(
     "--dataset",
     type=click.Choice(DATASET_NAMES),
-    help="Data set to retrain on, where it is not the ticket's own: the classifier is drawn anew where the classes differ.",
+    help="Data set to retrain on, where it is not the ticket's own: the classifier is initialised anew where the classes differ.",
 )
 @option(DataSettings, "image_size", "Pixels per side of --dataset.", type=click.IntRange(8))
 @option(DataSettings, "download", "Fetch --dataset into --data-dir first (rank 0 alone does).", is_flag=True)
 @option(RetrainSettings, "new_classifier", "Draw the classifier anew in any case, from --seed.", is_flag=True)
-@option(RetrainSettings, "epochs", "Walks through the training images.", type=int)
+@option(RetrainSettings, "epochs", "Passes over the training images, which the ranks share.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
 @batch_parts_option
 @optimisation_options(lr=LEARNING_RATE)
@@ -62,10 +87,11 @@ from loft_hpc.training.watching import Oversight
 @device_option
 @precision_option
 @run_options
+@dry_run_options
 @format_option
 @click.pass_context
 def command(
-    context: click.Context, ticket: str, dataset: str | None, run_path: str | None, resume: bool,
+    context: click.Context, ticket: str, dense: bool, dataset: str | None, run_path: str | None, resume: bool,
     extend_to: int | None, format: str, **options: Any,
 ) -> None:  # fmt: skip
     """Train TICKET, the physically smaller network, data-parallel over all ranks, on the data that it was found on, or on --dataset.
@@ -73,29 +99,28 @@ def command(
     Examples: mpirun -np 4 loft retrain runs/RUN/tickets/magnitude-l2-0.8
 
     loft retrain runs/RUN/tickets/magnitude-l2-0.8 --dataset imagefolder --data-dir flowers
+
+    mpirun -np 4 loft retrain runs/RUN --dense
     """
     job: Job = context.obj
     if dataset is None and (strange := sorted(typed(context) & {"image_size", "download"})):
         raise click.UsageError(f"--{strange[0].replace('_', '-')} belongs to --dataset")
-    options["transfer"] = dataset is not None
     # The options first: their mistakes are told without reading a file.
-    parts = {
-        "optimisation": fill(Optimisation, options),
-        "evaluation": fill(Evaluation, options),
-        "computation": fill(Computation, options),
-        "snapshots": fill(Snapshots, options),
-        "checkpoints": fill(Checkpointing, options),
-    }
-    fill(RetrainSettings, options, data=DataSettings(), **parts)
+    retraining_settings(context, DataSettings())
     supervision = fill(Supervision, options)
+    planning = wants_plan(context)
     job.join()
-    source = Ticket.read(Path(ticket))
+    source = dense_ticket(Run.open(Path(ticket))) if dense else Ticket.read(Path(ticket))
     if dataset is None:
         data = ticket_data(source).read(fill(Reading, options))
     else:
         given = {name: options[name] for name in ("data_dir", "loader_workers", "image_size", "download")}
         data = other_data(source, dataset, **given)
-    given = fill(RetrainSettings, options, data=data, **parts)
+    given = retraining_settings(context, data)
+    if planning:
+        what = f"retraining {ticket} on {data.label}"
+        show_plan(context, what, partial(retraining, source, given), data, TICKETS_OWN)
+        return
     path = Path(run_path) if run_path else None
     settings = for_run(given, "retrain", typed(context), path, resume, extend_to)
     world = job.world
@@ -114,4 +139,7 @@ def command(
         "wall_seconds": outcome.wall_seconds,
         "notes": progress.notes,
     }
-    job.show(format, fields, f"test accuracy of the ticket: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})\nrun: {path}")
+    what = "dense network" if dense else "ticket"
+    lines = [f"test accuracy of the {what}: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})", f"run: {path}"]
+    lines.append(f"next: loft compare {path} TICKETS" if dense else f"next: loft check {ticket}     # is it a winning ticket?")
+    job.show(format, fields, "\n".join(lines))

@@ -26,7 +26,8 @@ from loft_hpc.cli.pruning import emptied_line, finder_options, prunings_of, remo
 from loft_hpc.data.registry import DataSettings, Reading
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings
-from loft_hpc.jobs.sweep import EVERY, Point, SweepSettings, sweep
+from loft_hpc.jobs.stops import earliest_stops, stop_fields, stop_sentence
+from loft_hpc.jobs.sweep import EVERY, SweepSettings, sweep
 from loft_hpc.runs.run import Run
 from loft_hpc.screen import tell
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
@@ -39,13 +40,10 @@ class SweepProgress:
     def __init__(self, speaks: bool):
         self._speaks = speaks
 
-    def point_done(self, number: int, points: int, point: Point, seconds_left: float | None) -> None:
+    def trained(self, number: int, trainings: int, what: str, accuracy: float, seconds_left: float | None) -> None:
         if self._speaks:
-            left = f"   about {_duration(seconds_left)} left" if seconds_left and number < points else ""
-            tell(
-                f"{number:>{len(str(points))}}/{points}   {point.run.name}   {point.snapshot}, {removed_text(point.pruning_ratio, point.ratio)} pruned: "
-                f"{100 * point.accuracy:.2f} %{left}"
-            )
+            left = f"   about {_duration(seconds_left)} left" if seconds_left and number < trainings else ""
+            tell(f"{number:>{len(str(trainings))}}/{trainings}   {what}: {100 * accuracy:.2f} %{left}")
 
 
 def _duration(seconds: float) -> str:
@@ -66,8 +64,9 @@ def _duration(seconds: float) -> str:
     help="Snapshots to draw tickets from: every, or init, epoch:K, step:K (repeat for more).",
 )
 @option(RetrainSettings, "rewind", "Weights to retrain from: none (those of the snapshot), init, epoch:K or step:K.", type=str)
+@click.option("--dense", is_flag=True, help="Retrain the dense network of every snapshot as well, to set the tickets against.")
 @reading_options
-@option(RetrainSettings, "epochs", "Walks through the training images, of each retraining.", type=int)
+@option(RetrainSettings, "epochs", "Passes over the training images, of each retraining.", type=int)
 @option(RetrainSettings, "batch_size", "Images per step of all ranks together.", type=int)
 @optimisation_options(lr=LEARNING_RATE)
 @click.option("--retrain-seed", default=0, show_default=True, type=int, help="Decides data order and augmentation of the retrainings.")
@@ -80,9 +79,9 @@ def _duration(seconds: float) -> str:
 @click.pass_context
 def command(
     context: click.Context, runs: tuple[str, ...], ratios: tuple[float, ...], at: tuple[str, ...],
-    blocks: str, retrain_seed: int, name: str, plot: Path | None, format: str, **options: Any,
+    blocks: str, dense: bool, retrain_seed: int, name: str, plot: Path | None, format: str, **options: Any,
 ) -> None:  # fmt: skip
-    """Draw a ticket from every snapshot of each RUN, retrain them all, and show when winning tickets are there.
+    """Could pretraining have stopped earlier? Draws a ticket from every snapshot of each RUN and retrains them all.
 
     What is done is not done again: give the same command after an interruption, or with more ratios, snapshots or runs. Runs of
     one strategy and number of workers (other seeds) are averaged in the plot.
@@ -112,17 +111,22 @@ def command(
     world = job.world
     progress = SweepProgress(job.speaks and format == "table")
     quiet = Oversight(Progress(False), job.interruption, Supervision())
-    points = sweep([Path(run) for run in runs], SweepSettings(prunings, blocks, at, name), recipe, world, progress, quiet)
+    points = sweep([Path(run) for run in runs], SweepSettings(prunings, blocks, at, name, dense), recipe, world, progress, quiet)
     if plot:
         from loft_hpc.analysis.plots import plot_sweep
 
         job.once(lambda: plot_sweep(points, plot))
+    stops = [(stop, stop.saved()) for stop in earliest_stops(points)]
     fields = [{**asdict(point), "run": str(point.run), "retrained": str(point.retrained)} for point in points]
     rows = [
         [str(point.run), point.label, point.snapshot, removed_text(point.pruning_ratio, point.ratio), f"{100 * point.accuracy:.2f} %",
-         f"{100 * (point.accuracy - point.dense_accuracy):+.2f}"]
+         "" if point.dense_accuracy is None else f"{100 * (point.accuracy - point.dense_accuracy):+.2f}"]
         for point in points
     ]  # fmt: skip
-    header = ["run", "strategy", "snapshot", "pruned", "retrained", "against the dense network"]
-    emptied = [emptied_line(str(point.retrained), point.emptied_layers) for point in points if point.emptied_layers]
-    job.show(format, {"points": fields}, "\n".join([table(header, rows), *emptied]))
+    header = ["run", "strategy", "snapshot", "pruned", "retrained", "against dense"]
+    notes = [emptied_line(str(point.retrained), point.emptied_layers) for point in points if point.emptied_layers]
+    notes.append("against dense: points over the dense network that was retrained from the same snapshot by the same recipe")
+    if any(point.dense_accuracy is None for point in points):
+        notes.append("it is empty where that was not trained: give the same command with --dense")
+    lines = [table(header, rows), *notes, *(stop_sentence(*stop) for stop in stops)]
+    job.show(format, {"points": fields, "stops": [stop_fields(*stop) for stop in stops]}, "\n".join(lines))

@@ -10,7 +10,7 @@ class Alone(World):
 
     def __init__(self) -> None:
         self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
-        self.ledger, self.pulse, self.threads = Ledger(), Pulse(), None
+        self.ledger, self.pulse, self.cores, self.threads = Ledger(), Pulse(), None, None
 
     def barrier(self) -> None:
         """There is nobody to wait for."""

@@ -50,15 +50,17 @@ class World:
         self.pulse = Pulse()
         """When this rank last got on, and what it waits for: what a watchdog looks at."""
         self._staging = Staging(direct=False)
-        self.threads: int | None = None
+        self.cores: int | None = None
         """This rank's share of its machine's cores, once it is known."""
+        self.threads: int | None = None
+        """Threads that compute: as many, unless the user wants another number."""
 
     def alone(self) -> "World":
         """This rank as a world of its own, for work that ranks do side by side without one another. It keeps its GPU and its share of the cores."""
         from mpi4py import MPI
 
         world = World(MPI.COMM_SELF, self._hvd)
-        world.threads = self.threads
+        world.cores, world.threads = self.cores, self.threads
         return world
 
     def use_device(self, device: torch.device, direct: bool) -> None:

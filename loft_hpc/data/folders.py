@@ -13,7 +13,7 @@ from loft_hpc.data.index import Index, fingerprint_of, index_of
 from loft_hpc.data.listing import list_split
 from loft_hpc.data.loader import NORMALISATION, Images, Key, Loader
 from loft_hpc.data.order import Order
-from loft_hpc.data.registry import DataSettings
+from loft_hpc.data.registry import IMAGE_SIZE, DataSettings, DataShape, folder_shape, loader_processes
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import stem_for
 
@@ -25,19 +25,14 @@ class FolderDataSet(DataSet):
     """Images read from disk as they are needed. Made by all ranks together: rank 0 lists the images for all."""
 
     def __init__(self, settings: DataSettings, device: torch.device, world: World):
-        folder, name, size = Path(settings.data_dir), settings.dataset, settings.image_size or 224
-        missing = [split for split in SPLITS if not (folder / split).is_dir()]  # on each rank: a node may lack what rank 0 sees
-        if missing:
-            kind = DataMissing if len(missing) == len(SPLITS) else LoftError
-            raise kind(
-                f"no {name} in {folder} (looked for {folder / missing[0]} with a folder or a tar for each class, or shards): "
-                "name the folder that holds train/ and val/ with --data-dir"
-            )
+        folder, name, size = Path(settings.data_dir), settings.dataset, settings.image_size or IMAGE_SIZE
+        _refuse_missing(settings)  # on each rank: a node may lack what rank 0 sees
         splits = world.on_root(lambda: _list(folder, settings.leave_out))
         train, test = (splits[split] for split in SPLITS)
         self.images = Images(folder, splits, size)
         # Evaluations come in the middle of the training, whose loader goes on reading ahead meanwhile.
-        self._training, self._evaluating = (Loader(self.images, settings.loader_workers, device) for _ in range(2))
+        workers = loader_processes(settings.loader_workers, world)
+        self._training, self._evaluating = (Loader(self.images, workers, device) for _ in range(2))
         self._device = device
         self._train_labels = train.labels.long()
         self._stream: tuple[list[Order], int, Iterator[Batch]] | None = None
@@ -90,9 +85,36 @@ def training_keys(orders: Sequence[Order], first_step: int) -> Iterator[list[Key
             yield [("train", index, (order.seed, step, order.rank, place)) for place, index in enumerate(batch)]
 
 
-def _list(folder: Path, leave_out: Sequence[str]) -> dict[str, Index]:
-    """Both splits without the images that are left out. Raises LoftError where there is no image of such a name, or none is left."""
-    splits = {split: index_of(folder, split, list_split) for split in SPLITS}
+def shape_on_disk(settings: DataSettings) -> DataShape:
+    """The shape of images on disk by their index, which is not written.
+
+    Raises DataMissing where there are no images, and LoftError as a training would.
+    """
+    _refuse_missing(settings)
+    folder = Path(settings.data_dir)
+    splits = _list(folder, settings.leave_out, keep=False)
+    train, test = (splits[split] for split in SPLITS)
+    return folder_shape(_number_of_classes(folder, train, test), len(train), len(test), settings.image_size)
+
+
+def _refuse_missing(settings: DataSettings) -> None:
+    """Raises DataMissing where there are no images at all, LoftError where a split is missing."""
+    folder = Path(settings.data_dir)
+    missing = [split for split in SPLITS if not (folder / split).is_dir()]
+    if missing:
+        kind = DataMissing if len(missing) == len(SPLITS) else LoftError
+        raise kind(
+            f"no {settings.dataset} in {folder} (looked for {folder / missing[0]} with a folder or a tar for each class, "
+            "or shards): name the folder that holds train/ and val/ with --data-dir"
+        )
+
+
+def _list(folder: Path, leave_out: Sequence[str], keep: bool = True) -> dict[str, Index]:
+    """Both splits without the images that are left out; `keep`: whether a new index is written.
+
+    Raises LoftError where there is no image of such a name, or none is left.
+    """
+    splits = {split: index_of(folder, split, list_split, keep) for split in SPLITS}
     for split in SPLITS if leave_out else ():
         try:
             splits[split] = splits[split].without(name for name in leave_out if name.startswith(f"{split}/"))

@@ -100,11 +100,11 @@ def stamp(status: os.stat_result, folder: bool) -> Stamp:
     return status.st_mtime_ns, 0 if folder else status.st_size
 
 
-def index_of(folder: Path, split: str, make: Callable[[Path, str], Index]) -> Index:
+def index_of(folder: Path, split: str, make: Callable[[Path, str], Index], keep: bool = True) -> Index:
     """The index that is kept of `folder`/`split`, or a new one by `make` where there is none, a broken one, or one of other contents.
 
-    A new one is kept for the next time: in the data folder or, where that is read-only, in the user's cache. Where neither can be
-    written, every start lists the images again. Raises what `make` raises.
+    With `keep`, a new one is kept for the next time: in the data folder or, where that is read-only, in the user's
+    cache. Where neither can be written, every start lists the images again. Raises what `make` raises.
     """
     kept = [folder / f".loft-index-{split}.safetensors", *_in_cache(folder, split)]
     for path in kept:
@@ -112,7 +112,7 @@ def index_of(folder: Path, split: str, make: Callable[[Path, str], Index]) -> In
         if index is not None and _is_fresh(index, folder):
             return index
     index = make(folder, split)
-    for path in kept:
+    for path in kept if keep else ():
         try:
             write_tensors(path, _tensors(index))
             break

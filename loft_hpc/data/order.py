@@ -47,6 +47,11 @@ class Order:
         images = self.images // self.size if self.sharing == "sharded" else self.images
         return images // self.batch_size
 
+    @property
+    def images_per_step(self) -> int:
+        """Images of all ranks together at a step."""
+        return self.batch_size if self.sharing == "split" else self.batch_size * self.size
+
     def indices(self, step: int) -> Tensor:
         """Images of this rank at `step` (counted from 0 over all epochs), as an int64 tensor."""
         epoch, place = divmod(step, self.steps_per_epoch)

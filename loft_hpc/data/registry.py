@@ -14,6 +14,10 @@ from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import stem_for
 
 _LABEL_BYTES = 8
+MOST_CHOSEN = 8
+"""Loader processes that are started unasked."""
+IMAGE_SIZE = 224
+"""Pixels per side of images on disk, where nobody says another one."""
 IMAGE_SIZES = range(8, 1025)
 
 
@@ -46,7 +50,7 @@ _SHAPES = {
     "fashion-mnist": DataShape(10, 1, 28, 60_000, 10_000, 1),
     "cifar10": DataShape(10, 3, 32, 50_000, 10_000, 1),
     "cifar100": DataShape(100, 3, 32, 50_000, 10_000, 1),
-    "imagenet": DataShape(1000, 3, 224, 1_281_167, 50_000, 0),
+    "imagenet": DataShape(1000, 3, IMAGE_SIZE, 1_281_167, 50_000, 0),
     "synthetic": DataShape(10, 3, 32, 2000, 500, 4),
 }
 
@@ -57,6 +61,11 @@ def known_shape(dataset: str, image_size: int | None = None) -> DataShape:
         raise LoftError(f"{dataset} has no shape of its own: give one of {', '.join(_SHAPES)}", usage=True)
     settings = DataSettings(dataset=dataset, image_size=image_size)
     return replace(_SHAPES[dataset], image_size=settings.image_size or _SHAPES[dataset].image_size)
+
+
+def folder_shape(classes: int, train_images: int, test_images: int, image_size: int | None) -> DataShape:
+    """The shape of images on disk, three channels each."""
+    return DataShape(classes, 3, image_size or IMAGE_SIZE, train_images, test_images, 0)
 
 
 @dataclass(frozen=True)
@@ -83,8 +92,8 @@ class DataSettings:
     """Height and width in pixels; None for the data set's own. digits, Fashion-MNIST and CIFAR have a fixed one."""
     download: bool = field(default=False, metadata={"ordered": True})
     """Fetch them first. Somebody's run is no order to write into `data_dir`: of settings on disk this one is not read."""
-    loader_workers: int = 2
-    """Processes per rank that decode image files (imagenet, imagefolder)."""
+    loader_workers: int | None = None
+    """Processes per rank that decode image files (imagenet, imagefolder); None for one less than the rank has cores, at most 8."""
     leave_out: tuple[str, ...] = ()
     """Images that are no part of the data (imagenet, imagefolder), named as in the index: train/CLASS/IMAGE."""
 
@@ -113,7 +122,7 @@ class DataSettings:
             raise LoftError(f"--image-size {self.image_size} must lie between {IMAGE_SIZES[0]} and {IMAGE_SIZES[-1]}", usage=True)
         if self.dataset == "synthetic" and (self.image_size or 0) > 256:
             raise LoftError("synthetic images have at most 256 pixels per side, for they lie in memory: lower --image-size", usage=True)
-        if not 0 <= self.loader_workers <= MAX_LOADER_WORKERS:
+        if self.loader_workers is not None and not 0 <= self.loader_workers <= MAX_LOADER_WORKERS:
             raise LoftError(f"--loader-workers {self.loader_workers} must lie between 0 and {MAX_LOADER_WORKERS}", usage=True)
         if "\0" in self.data_dir:
             raise LoftError("--data-dir names no folder: it holds a null byte", usage=True)
@@ -125,6 +134,12 @@ class DataSettings:
             raise LoftError("images that are left out are named train/CLASS/IMAGE or val/CLASS/IMAGE")
         # recorded whole, so that a run can be resumed from any folder
         object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
+
+
+def loader_processes(wanted: int | None, world: World) -> int:
+    """Processes of a rank that decode image files. Each computes all the time, so more than the cores that are left stand in the way."""
+    cores = world.cores or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    return min(MOST_CHOSEN, cores - 1) if wanted is None else wanted
 
 
 def open_data(settings: DataSettings, device: torch.device, world: World) -> DataSet:

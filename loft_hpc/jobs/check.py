@@ -1,7 +1,7 @@
 """`loft check`: is it a winning ticket? The sanity checks of Frankle et al. (2021, arXiv 2009.08576) and of "Rare Gems" (2202.12002)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from loft_hpc import seeds
+from loft_hpc.analysis.size import Size, ticket_size
 from loft_hpc.analysis.statistics import mean_interval
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
 from loft_hpc.data.registry import open_data
 from loft_hpc.errors import Interrupted, LoftError
 from loft_hpc.files import read_tensors, refuse_links_outside
+from loft_hpc.jobs.comparable import start_name
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import deciding, from_json, option_of
 from loft_hpc.jobs.trained_on import TrainedOn, meet
+from loft_hpc.jobs.verdicts import DENSE, TICKET, Comparison, Verdict, judge
 from loft_hpc.jsontext import finite_or_none
+from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import filter_groups, parameters_of
 from loft_hpc.models.resnet import build
 from loft_hpc.runs.run import Run
@@ -31,21 +35,21 @@ from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.device import place
 from loft_hpc.training.watching import Oversight
 
-TICKET, DENSE = "ticket", "dense"
 CONTROLS = {
-    "shuffled": "as many units of every layer, others",
-    "reinitialised": "the same units, drawn anew",
-    "inverted": "as many units of every layer, those with the lowest scores",
-    "random": "the same number altogether, at densities that know nothing of the ticket",
+    "shuffled": "random units, as many in every layer: the same parameters and FLOPs",
+    "reinitialised": "the same units with new random weights: the same parameters and FLOPs",
+    "inverted": "the lowest scores in place of the highest: the same parameters and FLOPs",
+    "random": "random units at densities that do not know the ticket's: as many parameters, other FLOPs",
 }
-VERDICTS = ("winning", "better than random", "no ticket")
+TESTS = {"practical": "none", "classical": "init"}
+"""What `rewind` each test of `--test` stands for; any other is a snapshot."""
 
 
 @dataclass(frozen=True)
 class CheckSettings:
     seeds: int = 3
     xi: float = 1.0
-    """Percentage points by which a winning ticket may stay behind the dense network."""
+    """Percentage points that make no difference: a winning ticket may stay so far behind the dense network."""
     name: str = "default"
     """Folder under TICKET/checks; one for each recipe of retraining."""
 
@@ -66,22 +70,21 @@ class Variant:
     mean: float
     half_width: float
     """Of the 95 % interval; not a number for one seed."""
-    advantage: float
-    """Of the ticket over it, percentage points, meaned over the seeds."""
-    advantage_half_width: float
+    size: Size
+    emptied: Sequence[str]
+    """Layers of which a mask of weights keeps none; with the first seed."""
 
 
 @dataclass(frozen=True)
 class Checked:
     variants: Sequence[Variant]
-    verdict: str
-    why: str
-    note: str | None = None
+    verdict: Verdict
+    start: str
+    """Weights that the ticket and the dense network start from: `trained`, `initial` or a snapshot."""
+    note: str | None
     """About the images that everything was retrained on."""
-    pruning_ratio: float | None = None
+    pruning_ratio: float
     """Share of the units that the ticket removes."""
-    emptied: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Layers of which a mask of weights keeps none, by variant; with the first seed."""
 
 
 class CheckWatcher(Protocol):
@@ -105,7 +108,8 @@ def check(
     variants = variants_of(ticket, retraining.rewind)
     work = [(name, seed) for name in variants for seed in range(settings.seeds)]
     device, _ = place(retraining.computation.device, retraining.computation.precision, world)
-    note = meet(TrainedOn.of(path, ticket.dense), open_data(retraining.data, device, world).info)
+    info = open_data(retraining.data, device, world).info
+    note = meet(TrainedOn.of(path, ticket.dense), info)
     folders = {(name, seed): path / "checks" / settings.name / f"{name}-seed{seed}" for name, seed in work}
     world.on_root(lambda: [_refuse_other_recipe(folders[name, seed], replace(retraining, rewind="none", seed=seed)) for name, seed in work])
     mine, failures, told, alone = [], [], False, world.alone()
@@ -132,9 +136,16 @@ def check(
         if problems:
             raise LoftError(f"{problems[0]} (what is trained is kept in {path / 'checks' / settings.name})")
     results = {(name, seed): accuracy for part in parts for name, seed, accuracy in part[0]}
-    checked = judge_ticket({name: [results[name, seed] for seed in range(settings.seeds)] for name in variants}, settings.xi)
-    emptied = {name: layers for name, variant in variants.items() if (layers := variant(0).mask.emptied())}
-    return replace(checked, note=note, pruning_ratio=removed, emptied=emptied)
+    accuracies = {name: [results[name, seed] for seed in range(settings.seeds)] for name in variants}
+    judged = [_variant(name, accuracies[name], variants[name](0), info.image_size) for name in variants]
+    start = start_name(variants[TICKET](0).provenance, "none")
+    return Checked(judged, judge(accuracies, settings.xi), start, note, removed)
+
+
+def _variant(name: str, accuracies: Sequence[float], made: Ticket, image_size: int) -> Variant:
+    mask = made.mask
+    size = ticket_size(mask.architecture, mask.hidden_widths, mask.weights, image_size)
+    return Variant(name, tuple(accuracies), *mean_interval(accuracies), size, mask.emptied())
 
 
 def _refuse_other_recipe(folder: Path, settings: RetrainSettings) -> None:
@@ -152,6 +163,8 @@ def _refuse_other_recipe(folder: Path, settings: RetrainSettings) -> None:
 def variants_of(ticket: Ticket, rewind: str) -> dict[str, Callable[[int], Ticket]]:
     """What to retrain, given a seed. Weights are those at the point that `rewind` names, by default those that the ticket has."""
     weights, dense_weights = _states(ticket, rewind)
+    if rewind != "none":
+        ticket = replace(ticket, provenance=ticket.provenance | {"drawn_from": f"snapshots/{snapshot_name(rewind, '--test')}.safetensors"})
     own = replace(ticket, state=ticket.mask.carve(weights) if rewind != "none" else parameters_of(ticket.state))
     constants = rewind == "none" and ticket.provenance.get("initialisation") == "signed-constants"
 
@@ -177,9 +190,10 @@ def variants_of(ticket: Ticket, rewind: str) -> dict[str, Callable[[int], Ticket
 
 
 def random_like(mask: Mask, seed: int, round_to: Any = 1) -> Mask:
-    """As many units altogether. Of filters: the same density in every block. Of weights: smart ratios, as in the Gem-Miner paper.
+    """Random units, about as many parameters altogether, at densities that do not know the ticket's.
 
-    Where the filters of a ticket were rounded to a multiple, every block has a multiple here too, if that many can be dealt in multiples.
+    Weights: exactly as many, by smart ratios, as in the Gem-Miner paper. Filters: the same density in every block, the one whose
+    parameters come nearest to the ticket's; in multiples of `round_to`, where every block has one.
     """
     draw = np.random.default_rng(seeds.derive(seed, "ticket", 3))
     if isinstance(mask, WeightMask):
@@ -190,13 +204,29 @@ def random_like(mask: Mask, seed: int, round_to: Any = 1) -> Mask:
         drawn = {name: np.sort(draw.permutation(sizes[name])[: counts[name]]) for name in sizes}
         return WeightMask(mask.dense, {name: as_mask(drawn[name], own.shape) for name, own in mask.kept.items()})
     groups = filter_groups(mask.dense)
-    multiple = round_to if type(round_to) is int and round_to > 1 else 1
-    widths, keep = {group.name: group.width for group in groups}, sum(mask.hidden_widths.values())
-    if keep % multiple or min(widths.values()) < multiple or keep > sum(width // multiple * multiple for width in widths.values()):
-        multiple = 1  # blocks that are kept whole, and of no such width
-    counts = even_counts({name: width // multiple for name, width in widths.items()}, keep // multiple)
+    widths = {group.name: group.width for group in groups}
+    multiple = round_to if type(round_to) is int and 1 < round_to <= min(widths.values()) else 1
+    per_filter = _filter_parameters(mask.dense)
+    wanted = sum(per_filter[name] * width for name, width in mask.hidden_widths.items())
+    portions = {name: width // multiple for name, width in widths.items()}
+
+    def parameters(keep: int) -> int:
+        return sum(per_filter[name] * multiple * count for name, count in even_counts(portions, keep).items())
+
+    keep = min(range(len(widths), sum(portions.values()) + 1), key=lambda keep: abs(parameters(keep) - wanted))
+    counts = even_counts(portions, keep)
     chosen = {group.name: np.sort(draw.permutation(group.width)[: multiple * counts[group.name]]) for group in groups}
     return FilterMask(mask.dense, {name: torch.from_numpy(kept) for name, kept in chosen.items()})
+
+
+def _filter_parameters(dense: Architecture) -> dict[str, int]:
+    """Parameters of one hidden filter, by block."""
+    with torch.device("meta"):
+        parameters = dict(build(dense, seed=0).named_parameters())
+    return {
+        group.name: sum(parameters[name].numel() for name, _ in group.members if name in parameters) // group.width
+        for group in filter_groups(dense)
+    }
 
 
 def _states(ticket: Ticket, rewind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -207,7 +237,7 @@ def _states(ticket: Ticket, rewind: str) -> tuple[dict[str, Tensor], dict[str, T
         )
     run = Run.open(ticket.run_path)
     if rewind != "none":
-        state = parameters_of(run.snapshots.read(snapshot_name(rewind, "--rewind")))
+        state = parameters_of(run.snapshots.read(snapshot_name(rewind, "--test")))
         return state, state
     dense = parameters_of(_drawn_from(ticket, run))
     return (signed_constants(dense) if ticket.provenance.get("initialisation") == "signed-constants" else dense), dense
@@ -225,45 +255,38 @@ def _drawn_from(ticket: Ticket, run: Run) -> dict[str, Tensor]:
     return run.read_model() if name.startswith("searches/") else read_tensors(run.path / name)
 
 
-def judge_ticket(accuracies: Mapping[str, Sequence[float]], xi: float) -> Checked:
-    """The verdict, from accuracies (0 to 1) by variant and seed, differences being taken seed by seed with 95 % intervals.
-
-    `better than random`: ahead of every control by more than the interval. `winning`: that, and behind the dense network by no more than
-    `xi` percentage points even at the interval's lower end. One seed has no interval and proves nothing.
-    """
-    own = accuracies[TICKET]
-    variants = []
-    for name, values in accuracies.items():
-        mean, half = mean_interval(values)
-        ahead, ahead_half = mean_interval([100 * (mine - other) for mine, other in zip(own, values, strict=True)])
-        variants.append(Variant(name, tuple(values), mean, half, ahead, ahead_half))
-    surely = {variant.name: variant.advantage - variant.advantage_half_width for variant in variants}
-    level = [name for name in accuracies if name not in (TICKET, DENSE) and not surely[name] > 0]
-    within = surely[DENSE] >= -xi
-    if level:
-        return Checked(variants, VERDICTS[2], f"not surely better than {', '.join(level)}")
-    if within:
-        return Checked(variants, VERDICTS[0], f"better than every control, and surely within {xi:g} points of the dense network")
-    return Checked(variants, VERDICTS[1], f"better than every control, but not surely within {xi:g} points of the dense network")
-
-
 def to_fields(checked: Checked) -> dict[str, Any]:
     """For JSON: units in the names."""
+    comparisons = {one.name: one for one in checked.verdict.comparisons}
     return {
-        "verdict": checked.verdict,
-        "why": checked.why,
+        "verdict": checked.verdict.name,
+        "why": checked.verdict.why,
+        "seeds_needed": checked.verdict.seeds_needed,
+        "start": checked.start,
         "note": checked.note,
         "pruning_ratio": checked.pruning_ratio,
         "variants": [
             {
                 "variant": variant.name,
-                "emptied_layers": list(checked.emptied.get(variant.name, ())),
+                "parameters": variant.size.parameters,
+                "flops": variant.size.flops,
+                "emptied_layers": list(variant.emptied),
                 "accuracies": list(variant.accuracies),
                 "accuracy_mean": variant.mean,
                 "accuracy_half_width": finite_or_none(variant.half_width),
-                "ticket_advantage_points": variant.advantage,
-                "ticket_advantage_half_width_points": finite_or_none(variant.advantage_half_width),
+                **_compared(comparisons.get(variant.name)),
             }
             for variant in checked.variants
         ],
+    }
+
+
+def _compared(one: Comparison | None) -> dict[str, Any]:
+    if one is None:
+        return {}
+    return {
+        "ticket_advantage_points": one.advantage,
+        "ticket_advantage_half_width_points": finite_or_none(one.half_width),
+        "passed": one.passed,
+        "seeds_needed": one.seeds_needed,
     }

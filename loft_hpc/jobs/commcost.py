@@ -1,4 +1,4 @@
-"""`loft commcost RUN`: the ledgers of real runs beside the closed formulas."""
+"""`loft commcost RUN...`: the ledgers of real runs beside the closed formulas."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, repeat
 from pathlib import Path
 
+from loft_hpc.analysis.size import network_size
 from loft_hpc.analysis.traffic import (
     FLOAT32_BYTES,
     Division,
@@ -15,12 +16,15 @@ from loft_hpc.analysis.traffic import (
     broadcast,
     crossing_elements,
     data_parallel_step,
+    delivered,
+    handed_over,
     pipeline_step,
 )
 from loft_hpc.comm.ledger import Entry, Ledger
 from loft_hpc.data.registry import IMAGE_SIZES
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.partition import check_workers, deal, leaving
+from loft_hpc.jobs.cost import seen_by
 from loft_hpc.jobs.prediction import averaging_rounds, division_of, exchange_flows, round_ends
 from loft_hpc.jobs.pretrain import PretrainSettings, settings_of
 from loft_hpc.models.architecture import Architecture
@@ -35,6 +39,10 @@ MOST_POINTS = 1_000_000
 """The formulas go through a run round by round."""
 
 
+COUNTED = ("payload_sent_bytes", "payload_received_bytes", "wire_sent_bytes", "wire_received_bytes")
+"""The columns of a ledger that the formulas say."""
+
+
 @dataclass(frozen=True)
 class LedgerRow:
     """One operation and purpose of a run, all ranks together: what the formula says and what the ledger says."""
@@ -45,25 +53,54 @@ class LedgerRow:
     ledger: Entry
 
     @property
+    def different(self) -> list[str]:
+        """The columns in which they differ."""
+        return [name for name in COUNTED if getattr(self.formula, name) != getattr(self.ledger, name)]
+
+    @property
     def equal(self) -> bool:
-        return all(
-            getattr(self.formula, name) == getattr(self.ledger, name)
-            for name in ("payload_sent_bytes", "payload_received_bytes", "wire_sent_bytes", "wire_received_bytes")
-        )
+        return not self.different
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Bytes of some exchanges, all ranks together, as docs/communication.md counts them."""
+
+    handed_over_bytes: int
+    delivered_bytes: int
+    wire_bytes: int
+
+    @classmethod
+    def of_entries(cls, entries: Sequence[Entry]) -> "Totals":
+        columns = ("payload_sent_bytes", "payload_received_bytes", "wire_sent_bytes")
+        return cls(*(sum(getattr(entry, column) for entry in entries) for column in columns))
+
+    @classmethod
+    def of_flows(cls, flows: Sequence[Flow]) -> "Totals":
+        return cls(handed_over(flows), delivered(flows), sum(flow.wire_bytes for flow in flows))
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """A pretraining run's ledger beside the closed formula."""
+    """A run's ledger beside the closed formula."""
 
     path: Path
     strategy: str
+    """One of `jobs.pretrain.STRATEGIES`, or `retrain`."""
     workers: int
     steps: int
+    """Steps of a worker."""
     rounds: int | None
+    images: int
+    """Training images of all workers together, those of every repetition counted."""
+    network: Architecture
+    parameters: int
+    """Trainable parameters; with a mask of weights, all of them, since all travel."""
+    data: str
+    image_size: int
     rows: list[LedgerRow]
-    control_bytes: int
-    """Payload sent that the formulas do not speak of."""
+    control: Entry
+    """What the formulas do not speak of."""
 
     @property
     def exchanged(self) -> list[LedgerRow]:
@@ -71,20 +108,48 @@ class RunCost:
         return [row for row in self.rows if row.operation != "broadcast" and row.purpose != "merge"]
 
     @property
-    def formula_bytes(self) -> int:
-        """What the workers hand over in their exchanges, the poster's accounting, by the formula."""
-        return sum(row.formula.payload_sent_bytes for row in self.exchanged)
+    def totals(self) -> Totals:
+        """Bytes of the exchanges of steps and rounds, by the ledger."""
+        return Totals.of_entries([row.ledger for row in self.exchanged])
 
     @property
-    def ledger_bytes(self) -> int:
-        """The same by the ledger."""
-        return sum(row.ledger.payload_sent_bytes for row in self.exchanged)
+    def besides(self) -> Totals:
+        """All else in the ledger: the start, merges for evaluations, snapshots and checkpoints, and `control`."""
+        exchanged = self.exchanged
+        return Totals.of_entries([*(row.ledger for row in self.rows if row not in exchanged), self.control])
+
+    @property
+    def formula_totals(self) -> Totals:
+        """`totals` by the formula."""
+        return Totals.of_entries([row.formula for row in self.exchanged])
+
+    @property
+    def handed_over_bytes_per_image(self) -> float:
+        return self.totals.handed_over_bytes / self.images
+
+    @property
+    def equal(self) -> bool:
+        """Whether the ledger is what the formula says, to the byte."""
+        return all(row.equal for row in self.rows)
+
+    def refuse_difference(self) -> None:
+        """Raises LoftError where the ledger is not what the formula says."""
+        wrong = [(row, name) for row in self.rows for name in row.different]
+        if wrong:
+            (row, name), more = wrong[0], len(wrong) - 1
+            raise LoftError(
+                f"the ledger of {self.path} does not equal the closed formula: {row.operation} {row.purpose} has {getattr(row.ledger, name):,} "
+                f"{name}, by the formula {getattr(row.formula, name):,}{f' ({more} more differ)' if more else ''}. Restore its run.json and "
+                "ledger.json; where nobody changed them, quote none of its bytes (--verify shows every row)"
+            )
 
 
 def run_cost(path: Path) -> RunCost:
-    """Formula and ledger of a finished pretraining run. Raises LoftError for anything else."""
+    """Ledger and formula of a finished pretraining or retraining run. Raises LoftError for anything else."""
     run = Run.open(path)
-    settings = settings_of(run)
+    if run.description.get("kind") not in ("pretrain", "retrain"):
+        raise LoftError(f"{path} is neither a pretraining nor a retraining run: give a folder that loft pretrain or loft retrain printed")
+    settings = settings_of(run) if run.description["kind"] == "pretrain" else None
     total = Ledger()
     ledgers = run.read_ledgers()
     for ledger in ledgers:
@@ -99,34 +164,40 @@ def run_cost(path: Path) -> RunCost:
         raise LoftError(
             f"{path} went on with other numbers of ranks than it began with: no formula covers that; its bytes are in ledger.json"
         )
-    points = steps // settings.loft.local_iterations if settings.strategy == "loft" else steps
-    if settings.strategy != "data-parallel" and workers > 1 and points > MOST_POINTS:
+    strategy = settings.strategy if settings else "retrain"
+    points = steps // settings.loft.local_iterations if strategy == "loft" else steps
+    if strategy in ("loft", "gpipe") and workers > 1 and points > MOST_POINTS:
         raise LoftError(f"{path} made more than {MOST_POINTS:,} rounds or steps: too many to go through")
-    expected = as_ledger(list(_run_flows(run, settings, workers, steps, per_epoch)))
+    seen, network = seen_by(run), run.architecture
+    if seen.image_size not in IMAGE_SIZES:
+        raise LoftError(f"{path / 'run.json'} says no sensible image_size: restore it")
+    parameters = network_size(network, run.hidden_widths, seen.image_size).parameters
+    expected = as_ledger(list(_run_flows(run, settings, parameters, seen.image_size, workers, steps, per_epoch)))
     rows = [
         LedgerRow(operation, purpose, expected.entry(operation, purpose), total.entry(operation, purpose))
         for operation, purpose in sorted({(o, p) for side in (expected, total) for o, entries in side.entries.items() for p in entries})
         if purpose in TRAINING
     ]
-    control = sum(entries["control"].payload_sent_bytes for entries in total.entries.values() if "control" in entries)
-    rounds = math.ceil(steps / settings.loft.local_iterations) if settings.strategy == "loft" else None
-    return RunCost(path, settings.strategy, workers, steps, rounds, rows, control)
+    control = Entry()
+    for operation in total.entries:
+        control.add(total.entry(operation, "control"))
+    rounds = math.ceil(steps / settings.loft.local_iterations) if strategy == "loft" else None
+    data = str(run.required("data", dict).get("name"))
+    return RunCost(path, strategy, workers, steps, rounds, seen.images, network, parameters, data, seen.image_size, rows, control)
 
 
-def _run_flows(run: Run, settings: PretrainSettings, workers: int, steps: int, per_epoch: int) -> Iterator[Flow]:
-    """Everything that the run must have sent, but for `control`."""
+def _run_flows(
+    run: Run, settings: PretrainSettings | None, parameters: int, image_size: int, workers: int, steps: int, per_epoch: int
+) -> Iterator[Flow]:
+    """Everything that the run must have sent, but for `control`. `settings`: None for a retraining."""
     if workers == 1:
         return
     network = run.architecture
-    parameters = division_of(network, "all-blocks").total
-    if settings.strategy == "data-parallel":
+    if settings is None or settings.strategy == "data-parallel":
         yield broadcast(parameters, FLOAT32_BYTES, workers, "shared")
         yield from (flow.times(steps) for flow in data_parallel_step(parameters, workers))
     elif settings.strategy == "gpipe":
-        size = run.required("data", dict).get("image_size")
-        if type(size) is not int or size not in IMAGE_SIZES:
-            raise LoftError(f"{run.path / 'run.json'} does not say its image_size: restore it")
-        crossing = crossing_elements(network, size, cuts(network, settings.pipeline.split, workers, size))
+        crossing = crossing_elements(network, image_size, cuts(network, settings.pipeline.split, workers, image_size))
         yield from (flow.times(steps) for flow in pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches))
         # at the start, wherever the full network is looked at, and its momentum in every checkpoint
         looks, checkpoints = _looks(run, settings, range(steps + 1), repeat(True), per_epoch)

@@ -1,6 +1,7 @@
 """`loft compare`: retrained tickets side by side, whatever found them."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +12,17 @@ from loft_hpc.analysis.statistics import mean_interval
 from loft_hpc.comm.world import World
 from loft_hpc.data.registry import Reading
 from loft_hpc.errors import LoftError
+from loft_hpc.jobs.comparable import (
+    DENSE,
+    DenseRuns,
+    dense_command,
+    is_dense,
+    pretrained_run,
+    retrainings_of,
+    start_images,
+    start_of,
+    start_text,
+)
 from loft_hpc.jobs.cost import cost_of
 from loft_hpc.jobs.measure import Measured, MeasureSettings, measure
 from loft_hpc.jobs.pretrain import PretrainSettings
@@ -20,10 +32,8 @@ from loft_hpc.jsontext import finite_or_none, to_json_text
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets import finders  # noqa: F401 (finders register themselves)
 from loft_hpc.tickets.pruning import FINDERS
-from loft_hpc.tickets.ticket import Cost
+from loft_hpc.tickets.ticket import Cost, Ticket
 from loft_hpc.training.settings import Snapshots
-
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,18 @@ class Contender:
     mean: float
     half_width: float
     """Of the 95 % interval of the mean; not a number for one run."""
+    start: str
+    """`comparable.start_name`; empty for a pretraining."""
+    budget: str
+    """Start and recipe of the training in words: what alone may be ranked together."""
+    images: int | None
+    """Images, of all workers together, that the weights saw in pretraining and retraining; mean over the runs."""
     against_dense: float
-    """Difference to the dense network that each was drawn from, percentage points, meaned over the runs; not a number where one is gone."""
+    """Difference to the dense network that had the same start, recipe and seed, percentage points, mean over the runs; not a number
+    where one was not trained."""
     against_dense_half_width: float
+    dense_command: str
+    """Trains a dense network that `against_dense` misses; empty where it misses none."""
     cost: Cost
     """Of finding the ticket, or of training the dense network; mean over the runs."""
     retraining: Cost
@@ -69,26 +88,75 @@ class _Entry:
     ratio: float
     asked_ratio: float
     run: Run
-    dense_accuracy: float
+    start: str
+    start_images: int | None
     cost: Cost
     retraining: Cost
     recipe: str
     """All else that decides it, but for its seed."""
 
+    @property
+    def training(self) -> Cost:
+        """Of the training that the run is."""
+        return self.retraining if self.start else self.cost
 
-def compare(paths: Sequence[Path], settings: MeasureSettings, reading: Reading, device: str, world: World) -> list[Contender]:
+
+@dataclass(frozen=True)
+class Compared:
+    contenders: Sequence[Contender]
+    notes: Sequence[str]
+    """What was passed over, and why."""
+
+
+def compare(paths: Sequence[Path], settings: MeasureSettings, reading: Reading, device: str, world: World) -> Compared:
     """Group the runs by what found their ticket and by ratio, and measure the first of each group. Collective.
 
-    Raises LoftError for what is no finished run of one data set and network.
+    A ticket stands for the runs that retrained it. Folders that are no run, and runs that are not finished, are passed over with a note.
+    Raises LoftError where nothing is left, and for runs that are not of one data set and network.
     """
-    entries = [_entry(path) for path in paths]
+    runs, notes = _runs_of(paths)
+    entries = [_entry(run) for run in runs]
     _refuse_mixture(entries)
     groups: dict[tuple[str, str, float, str], list[_Entry]] = {}
     for entry in entries:
         groups.setdefault((entry.label, entry.kind, entry.ratio, entry.recipe), []).append(entry)
-    groups = _told_apart(groups)
+    groups, dense = _told_apart(groups), DenseRuns()
     measured = measure([group[0].run.path for group in groups.values()], settings, reading, device, world)
-    return [_contender(group, one) for group, one in zip(groups.values(), measured, strict=True)]
+    return Compared([_contender(group, one, dense) for group, one in zip(groups.values(), measured, strict=True)], notes)
+
+
+def _runs_of(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The finished runs among `paths`, and those of the tickets among them; notes about the rest."""
+    runs, notes = {}, []
+    for path in paths:
+        if not path.exists():
+            raise LoftError(f"{path} is no folder: give runs, or tickets that were retrained")
+        if (path / "ticket.json").is_file():
+            found = _retrained(path)
+            if not found:
+                raise LoftError(f"{path} was not retrained yet: loft retrain {shlex.quote(str(path))}")
+        elif (path / "run.json").is_file():
+            found = [Run.open(path)]
+        else:
+            notes.append(f"{path} is passed over: it is no run")
+            continue
+        for run in found:
+            if run.description.get("status") != "done":
+                notes.append(f"{run.path} is passed over: it is not finished (status: {run.description.get('status')})")
+            else:
+                runs.setdefault(run.path.resolve(), run)
+    if not runs:
+        raise LoftError("; ".join(notes) + ": give finished runs of loft pretrain and loft retrain")
+    return list(runs.values()), notes
+
+
+def _retrained(path: Path) -> list[Run]:
+    """The finished retrainings of a ticket, controls of its checks left out."""
+    ticket, source = Ticket.read(path), pretrained_run({"path": str(path)})
+    if source is None:
+        raise LoftError(f"{path} does not lie in its run any more (RUN/tickets/NAME): give the runs that retrained it")
+    descriptions = ((run, run.required("ticket", dict)) for run in retrainings_of(source))
+    return [run for run, own in descriptions if own.get("sha256") in ticket.fingerprints and own.get("control") is None]
 
 
 def _told_apart(groups: dict[tuple[str, str, float, str], list[_Entry]]) -> dict[tuple[str, str, float, str], list[_Entry]]:
@@ -116,19 +184,43 @@ def _recipe(run: Run, ticket: dict[str, Any] | None = None) -> str:
     kept = {name: (ticket or {}).get(name) for name in ("blocks", "floor", "control")}
     # early-bird chooses its snapshot itself, and imp its level
     searched = ticket is None or ticket.get("method") == "early-bird"
+    if ticket is not None and ticket.get("control") == DENSE:  # whatever ticket it was retrained beside
+        kept, searched = {"control": DENSE}, True
+        recipe["start"] = start_of(run)
+        recipe.pop("rewind")
     drawn_from = None if searched else re.sub(r"level-\d+", "level", str(ticket.get("drawn_from")))
     return to_json_text([recipe, kept, drawn_from, run.required("world_size", int)], sort_keys=True)
 
 
-def _contender(group: Sequence[_Entry], measured: Measured) -> Contender:
+def _contender(group: Sequence[_Entry], measured: Measured, dense: DenseRuns) -> Contender:
     first = group[0]
     accuracies = tuple(entry.run.accuracy for entry in group)
     mean, half = mean_interval(accuracies)
-    against, against_half = mean_interval([100 * (entry.run.accuracy - entry.dense_accuracy) for entry in group])
+    against, against_half, command = float("nan"), float("nan"), ""
+    if first.kind != DENSE:
+        counterparts = [dense.like(entry.run) for entry in group]
+        missing = [entry for entry, other in zip(group, counterparts, strict=True) if other is None]
+        if missing:
+            command = dense_command(missing[0].run)
+        else:
+            pairs = zip(group, counterparts, strict=True)
+            against, against_half = mean_interval([100 * (entry.run.accuracy - other.accuracy) for entry, other in pairs if other])
+    images = None
+    if all(entry.start_images is not None for entry in group):
+        images = round(sum(entry.start_images + entry.training.samples for entry in group) / len(group))
     return Contender(
-        first.label, first.kind, first.ratio, first.asked_ratio, tuple(entry.run.path for entry in group), accuracies, mean, half, against, against_half,
+        first.label, first.kind, first.ratio, first.asked_ratio, tuple(entry.run.path for entry in group), accuracies, mean, half,
+        first.start, _budget(first), images, against, against_half, command,
         _mean([entry.cost for entry in group]), _mean([entry.retraining for entry in group]), energy_of(first.run), measured,
     )  # fmt: skip
+
+
+def _budget(entry: _Entry) -> str:
+    """Start and training in words."""
+    settings = from_json(RetrainSettings if entry.start else PretrainSettings, entry.run.configuration)
+    ranks = entry.run.required("world_size", int)
+    said = f"{settings.epochs} epochs at learning rate {settings.optimisation.lr:g}, {ranks} rank{'s' * (ranks > 1)}"
+    return f"retrained from {start_text(entry.start)}, {said}" if entry.start else f"pretrained, {said}"
 
 
 def _mean(costs: Sequence[Cost]) -> Cost:
@@ -136,14 +228,10 @@ def _mean(costs: Sequence[Cost]) -> Cost:
     return Cost(**{field.name: getattr(total, field.name) / len(costs) for field in fields(Cost)})
 
 
-def _entry(path: Path) -> _Entry:
-    if (path / "ticket.json").is_file():
-        raise LoftError(f"{path} is a ticket, which has no accuracy before it is retrained: give the run of loft retrain")
-    run = Run.open(path)
-    kind = run.description.get("kind")
+def _entry(run: Run) -> _Entry:
+    path, kind = run.path, run.description.get("kind")
     if kind == "pretrain":
-        accuracy = run.accuracy
-        return _Entry(f"{DENSE} ({run.label})", DENSE, 0.0, 0.0, run, accuracy, cost_of(run), Cost(), _recipe(run))
+        return _Entry(f"{DENSE} ({run.label})", DENSE, 0.0, 0.0, run, "", 0, cost_of(run), Cost(), _recipe(run))
     if kind != "retrain":
         raise LoftError(f"{path} is a {kind} run: give runs of loft retrain, and of loft pretrain for the dense networks")
     ticket = run.required("ticket", dict)
@@ -156,16 +244,16 @@ def _entry(path: Path) -> _Entry:
         cost = Cost.from_json(ticket.get("cost"))
     except ValueError as problem:
         raise LoftError(f"{path / 'run.json'} is no retraining's ({problem}): restore it or retrain again") from None
-    label, control = label_of(ticket), ticket.get("control")
-    if control is not None:
+    label, control, form = label_of(ticket), ticket.get("control"), str(ticket.get("kind", "filter"))
+    if is_dense(run):
+        source = pretrained_run(ticket)
+        label, form, ratio, asked = f"{DENSE}{f' ({source.label})' if source else ''}, retrained", DENSE, 0.0, 0.0
+    elif control is not None:
         label = f"{label}: {str(control)[:32]}"  # of loft check
     found_on = ticket["data"].get("dataset") if isinstance(ticket.get("data"), dict) else None
     if run.configuration.get("transfer") and found_on != run.required("data", dict).get("name"):
         label = f"{label}, found on {str(found_on)[:32]}"
-    accuracy = _dense_accuracy(run, ticket)
-    return _Entry(
-        label, str(ticket.get("kind", "filter")), float(ratio), float(asked), run, accuracy, cost, cost_of(run), _recipe(run, ticket)
-    )
+    return _Entry(label, form, float(ratio), float(asked), run, start_of(run), start_images(run), cost, cost_of(run), _recipe(run, ticket))
 
 
 def label_of(ticket: dict[str, Any]) -> str:
@@ -181,16 +269,6 @@ def label_of(ticket: dict[str, Any]) -> str:
         and known.name != "floor"
     ]  # fmt: skip
     return f"{method} ({', '.join(chosen)})" if chosen else method
-
-
-def _dense_accuracy(run: Run, ticket: dict[str, Any]) -> float:
-    """Of the run that the ticket lies in, where it is still there and was trained on the images that `run` retrained the ticket on."""
-    try:
-        dense = Run.open(Path(str(ticket.get("path"))).resolve().parent.parent)
-        same = (dense.description.get("data") or {}).get("fingerprint") == run.required("data", dict).get("fingerprint")
-        return dense.accuracy if same else float("nan")
-    except (LoftError, OSError, ValueError, RuntimeError):
-        return float("nan")
 
 
 def energy_of(run: Run) -> Energy | None:
@@ -232,8 +310,12 @@ def to_fields(contender: Contender, intensity: float = WORLD_GRAMS_PER_KWH) -> d
         "runs": len(contender.paths),
         "accuracy_mean": contender.mean,
         "accuracy_half_width": finite_or_none(contender.half_width),
+        "start": contender.start or None,
+        "budget": contender.budget,
+        "training_images": contender.images,
         "against_dense_points": finite_or_none(contender.against_dense),
         "against_dense_half_width_points": finite_or_none(contender.against_dense_half_width),
+        "dense_command": contender.dense_command or None,
         **{f"finding_{name}": value for name, value in asdict(contender.cost).items()},
         **{f"retraining_{name}": value for name, value in asdict(contender.retraining).items()},
         "training_joules": None if contender.energy is None else contender.energy.joules,

@@ -1,7 +1,7 @@
 """`loft measure --distance-to`: how far a run's rankings of its filters are from others, snapshot by snapshot."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import torch
 from loft_hpc.analysis.distance import GroupDistance, mean_normalised, score_distance
 from loft_hpc.errors import LoftError
 from loft_hpc.files import read_tensors
-from loft_hpc.filterwise.emergence import Emergence, Stopping
 from loft_hpc.jobs.measure import open_subject
 from loft_hpc.jobs.retrain import snapshot_name
+from loft_hpc.jobs.stops import Stability, stability
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import State, filter_groups
 from loft_hpc.models.scores import CRITERIA, by_group, filter_scores
@@ -51,6 +51,10 @@ class Course:
     rows: list[Distances]
     losses: list[tuple[float, float]]
     """(epochs done, mean training loss of the last one)."""
+    stability: Stability | None
+    """Where the run's rule says that its rankings are stable; None where it cannot."""
+    moves: list[tuple[float, float]]
+    """(epochs done, distance to the snapshot before, over the filters that the rule has in view): what the rule compares."""
 
 
 def distances(path: Path, reference: str, criterion: str, ratio: float = 0.0) -> Course:
@@ -73,7 +77,9 @@ def distances(path: Path, reference: str, criterion: str, ratio: float = 0.0) ->
         pairs = [(step, ranked, other) for step, ranked in snapshots]
     rows = [Distances(step, step / per_epoch, score_distance(ranked, other, ratio)) for step, ranked, other in pairs]
     losses = [(event["step"] / per_epoch, event["loss"]) for event in run.events("epoch") if isinstance(event.get("loss"), float)]
-    return Course(path, run.label, rows, losses)
+    seen = [(event.get("epoch"), event.get("top_distance_to_previous")) for event in run.events("snapshot")]
+    moves = [(epoch, move) for epoch, move in seen if isinstance(epoch, int | float) and isinstance(move, float)]
+    return Course(path, run.label, rows, losses, stability(run) if run.description.get("kind") == "pretrain" else None, moves)
 
 
 def _snapshots(run: Run, criterion: str) -> Iterator[tuple[int, Ranked]]:
@@ -119,10 +125,3 @@ def _reference(run: Run, reference: str, criterion: str) -> Ranked:
         return found
     subject = open_subject(Path(reference))
     return _ranked(subject.architecture, subject.state, criterion, subject.path)
-
-
-def stopping_step(path: Path, stopping: Stopping) -> int | None:
-    """The step after which a run would have stopped under other settings than its own, from its recorded scores; None for never."""
-    run = Run.open(path)
-    emergence = Emergence(replace(stopping, stop_when_stable=True))
-    return next((step for step in run.snapshots.score_steps() if emergence.see(run.snapshots.read_scores(step)).stop), None)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loft_hpc.comm import installed
 from loft_hpc.data.catalogue import DATASET_NAMES, DOWNLOADED, IMAGE_FOLDERS
@@ -156,29 +156,21 @@ def _data(folder: Path) -> list[Finding]:
     return findings
 
 
-class _Alone:
-    """One process, which needs no MPI to read data."""
-
-    rank, size = 0, 1
-
-    def on_root(self, action: Callable[[], Any]) -> Any:
-        return action()
-
-
-def look(dataset: str, folder: Path, leave_out: tuple[str, ...] = (), loader_workers: int = 2) -> tuple[Finding, DataSet | None]:
+def look(dataset: str, folder: Path, leave_out: tuple[str, ...] = ()) -> tuple[Finding, DataSet | None]:
     """Open a data set as a training does, with its index. Raises LoftError, marked as usage, for settings that contradict themselves."""
     if dataset not in DATASET_NAMES:
         raise LoftError(f"unknown data set '{dataset}': choose one of {', '.join(DATASET_NAMES)}", usage=True)
     try:
         import torch
 
+        from loft_hpc.comm.alone import Alone
         from loft_hpc.data.dataset import DataMissing
         from loft_hpc.data.registry import DataSettings, open_data
     except (ImportError, RuntimeError) as problem:  # a torchvision of another release raises RuntimeError
         return Finding(dataset, "missing", str(problem).splitlines()[0], "bin/setup"), None
-    settings = DataSettings(dataset, str(folder), loader_workers=loader_workers, leave_out=leave_out)
+    settings = DataSettings(dataset, str(folder), loader_workers=0, leave_out=leave_out)
     try:
-        data = open_data(settings, torch.device("cpu"), _Alone())
+        data = open_data(settings, torch.device("cpu"), Alone())
     except LoftError as problem:
         return Finding(dataset, "missing" if isinstance(problem, DataMissing) else "broken", str(problem)), None
     except (ImportError, RuntimeError) as problem:
@@ -189,7 +181,7 @@ def look(dataset: str, folder: Path, leave_out: tuple[str, ...] = (), loader_wor
     return Finding(dataset, "ok", found), data
 
 
-def broken_images(data: DataSet, loader_workers: int, told: Callable[[int, int, int], None]) -> list[tuple[str, str]]:
+def broken_images(data: DataSet, loader_workers: int | None, told: Callable[[int, int, int], None]) -> list[tuple[str, str]]:
     """Decode all images of a data set on disk: the names of those that cannot be read, and why.
 
     `told` hears how many are done, of how many, and how many of them are broken.
@@ -199,7 +191,7 @@ def broken_images(data: DataSet, loader_workers: int, told: Callable[[int, int, 
     if not isinstance(data, FolderDataSet):
         raise LoftError(f"--every-image serves {' and '.join(IMAGE_FOLDERS)}: omit it for {data.info.name}", usage=True)
     done, broken = 0, []
-    for images, found in data.images.broken(loader_workers):
+    for images, found in data.images.broken(loader_workers if loader_workers is not None else len(os.sched_getaffinity(0))):
         done, broken = done + images, broken + found
         told(done, len(data.images), len(broken))
     return broken

@@ -1,20 +1,24 @@
-"""What a pretraining would hold in every rank's memory: its own buffers built on torch's meta device, where nothing has contents."""
+"""What a training would hold in a rank's memory: its own buffers on torch's meta device, where nothing has contents.
+
+For ranks on GPUs no GPU need be there. What differs from ranks on CPUs: the exchange's own buffers and tables
+(filterwise/gpu_exchange.py); the initial network stays in host memory, and what ranks exchange is copied through that
+unless Horovod has NCCL and every rank a GPU of its own (comm/staging.py); and the next batch of image files is made
+ready while one is computed on (data/loader.py).
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from loft_hpc.analysis.memory import Activations, activations, storage_bytes
-from loft_hpc.data.registry import DataShape
 from loft_hpc.filterwise.exchange import TRANSPORT_DTYPES, full_layout
 from loft_hpc.filterwise.gpu_exchange import exchange_class
 from loft_hpc.filterwise.subnetwork import SubNetwork
-from loft_hpc.jobs.pretrain import PretrainSettings
+from loft_hpc.jobs.prediction import Case, division_of
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.models.groups import filter_groups, partitioned_groups
+from loft_hpc.models.groups import filter_groups, partitioned_groups, shares
 from loft_hpc.models.resnet import ResidualNetwork
 from loft_hpc.pipeline.pipeline import message_buffers
 from loft_hpc.pipeline.stages import Part, Stage, cuts, parts
@@ -37,6 +41,8 @@ class Buffers:
     """Of the filters that leave and arrive, or of a pipeline's messages."""
     averaging: int
     """What the shared parameters' changes are measured against and travel in."""
+    mask: int = 0
+    """0 or 1 for every parameter, where single weights are held at zero."""
 
     @property
     def total(self) -> int:
@@ -48,24 +54,35 @@ class RankMemory:
     """What rank `rank` holds, in bytes."""
 
     rank: int
+    on_gpu: bool
     buffers: Buffers
     activations: int
     """Kept for the backward pass, at its largest: see `loft_hpc.analysis.memory`."""
     input_batch: int
+    next_batch: int
+    """On a GPU: what is made ready of the next batch of image files, its bytes and its pixels."""
     images: int
-    """The data set, where it lies in memory."""
+    """The whole data set, where it lies in memory."""
     initial_network: int
-    """The parameters to start from, kept on the host's side."""
+    """The parameters that the training starts from, in host memory."""
     evaluation_network: int
     """The full network that evaluations fill."""
     whole: int
     """The full network put together for an evaluation, a snapshot or a checkpoint (its momentum too, where checkpoints hold it)."""
+    staging: int
+    """On a GPU: pinned host memory for exchanges, unless Horovod has NCCL and every rank a GPU of its own."""
 
     @property
     def total(self) -> int:
-        """At its largest: activations are gone when the whole is put together."""
-        lasting = self.buffers.total + self.images + self.initial_network + self.evaluation_network
-        return lasting + max(self.activations + self.input_batch, self.whole)
+        """At its largest, on the device: activations are gone when the whole is put together."""
+        lasting = self.buffers.total + self.images + self.evaluation_network
+        lasting += 0 if self.on_gpu else self.initial_network
+        return lasting + max(self.activations + self.input_batch + self.next_batch, self.whole)
+
+    @property
+    def host(self) -> int:
+        """In host memory beside a GPU."""
+        return self.initial_network + self.staging if self.on_gpu else 0
 
 
 @dataclass(frozen=True)
@@ -76,25 +93,23 @@ class _Seat:
     size: int
 
 
-def rank_memories(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, on_gpu: bool) -> list[RankMemory]:
+def rank_memories(case: Case, workers: int, on_gpu: bool) -> list[RankMemory]:
     """Of every rank that holds something of its own: each stage of a pipeline; else rank 0 alone, which none exceeds.
 
-    `on_gpu`: whether the buffers are those for a GPU.
+    `on_gpu`: whether the ranks compute on GPUs.
     """
-    of = {"loft": _loft, "data-parallel": _data_parallel, "gpipe": _pipeline}[settings.strategy]
-    return list(of(settings, shape, network, workers, on_gpu))
+    of = {"loft": _loft, "data-parallel": _data_parallel, "gpipe": _pipeline}[case.settings.strategy]
+    return list(of(case, workers, on_gpu))
 
 
-def loft_buffers(
-    settings: PretrainSettings, network: Architecture, workers: int, on_gpu: bool, rank: int = 0
-) -> tuple[Buffers, SubNetwork]:
+def loft_buffers(case: Case, workers: int, on_gpu: bool, rank: int = 0) -> tuple[Buffers, SubNetwork]:
     """Of one worker, and the sub-network that they belong to."""
-    groups = partitioned_groups(filter_groups(network), settings.loft.partition)
-    sub = SubNetwork(network, groups, rank, workers, META, momentum_travels=_momentum_lasts(settings, workers))
-    full = full_layout(_parameters(_full(network)), sub)
-    transport = TRANSPORT_DTYPES[settings.loft.transport_dtype]
+    groups = partitioned_groups(filter_groups(case.network), case.settings.loft.partition)
+    sub = SubNetwork(case.network, groups, rank, workers, META, momentum_travels=_momentum_lasts(case, workers))
+    full = full_layout(_parameters(_full(case)), sub)
+    transport = TRANSPORT_DTYPES[case.settings.loft.transport_dtype]
     on_gpu = on_gpu and workers > 1
-    exchange = exchange_class(settings.loft.exchange, on_gpu)(sub, full, groups, _Seat(rank, workers), transport)
+    exchange = exchange_class(case.settings.loft.exchange, on_gpu)(sub, full, groups, _Seat(rank, workers), transport)
     own = (sub.shared, sub.partitioned)
     known = [buffer.content for buffer in own]
     return (
@@ -108,21 +123,44 @@ def loft_buffers(
     )
 
 
-def data_parallel_buffers(network: Architecture) -> Buffers:
-    full = _full(network)
+def loft_staging(case: Case, workers: int, sub: SubNetwork, rank: int = 0) -> int:
+    """Pinned host copies of what a worker broadcasts, exchanges and merges, in bytes: of an all-to-all, at most.
+
+    Legend: P partitioned and C shared parameters, of which this worker holds P_s; S workers; e bytes of an element in
+    transport. There is a copy of each tensor that enters a collective, and of each that leaves it, but for all-reduce
+    and broadcast, which are in place.
+    """
+    if workers == 1:
+        return 0
+    settings, copies = case.settings.loft, 2 if sub.momentum_travels else 1
+    divided, e = division_of(case.network, settings.partition), TRANSPORT_DTYPES[settings.transport_dtype].itemsize
+    P, C, P_s = divided.partitioned, divided.shared, sub.partitioned.layout.numel
+    start = FLOAT32_BYTES * (P + C)
+    moving = e * copies * (P_s + (P if settings.exchange == "allgather" else P_s))
+    averaging = FLOAT32_BYTES * copies * C
+    if e != FLOAT32_BYTES:
+        averaging = e * (2 * copies * C + (workers + 1) * shares(copies * C, workers)[rank])
+    merged_by_message = settings.exchange != "allgather" or e != FLOAT32_BYTES
+    return start + moving + averaging + FLOAT32_BYTES * (P_s + P) * merged_by_message
+
+
+def data_parallel_buffers(case: Case) -> Buffers:
+    full = _full(case)
     buffer = ParameterBuffer(_parameters(full))
-    return Buffers(**_own((buffer,)), statistics=storage_bytes(full.buffers()), exchange=0, averaging=0)
+    mask = storage_bytes([buffer.values]) if case.masked else 0
+    return Buffers(**_own((buffer,)), statistics=storage_bytes(full.buffers()), exchange=0, averaging=0, mask=mask)
 
 
-def stage_buffers(settings: PretrainSettings, shape: DataShape, network: Architecture, part: Part) -> Buffers:
-    full = _full(network)
+def stage_buffers(case: Case, part: Part) -> Buffers:
+    full = _full(case)
     stage = Stage(full, part)
     parameters = _parameters(full)
-    mine = part.parameters({name: tuple(parameter.shape) for name, parameter in parameters.items()}, network).shapes
-    micro_batches = settings.pipeline.micro_batches
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    mine = part.parameters(shapes, case.network).shapes
+    micro_batches = case.settings.pipeline.micro_batches
     messages: list[Tensor] = []
-    for border in part.borders(network.block_outputs(shape.image_size)):
-        messages += message_buffers(border, settings.batch_size // micro_batches, micro_batches, META)
+    for border in part.borders(case.network.block_outputs(case.shape.image_size)):
+        messages += message_buffers(border, case.settings.batch_size // micro_batches, micro_batches, META)
     return Buffers(
         **_own((ParameterBuffer({name: parameters[name] for name in mine}),)),
         statistics=storage_bytes(stage.buffers()),
@@ -131,79 +169,98 @@ def stage_buffers(settings: PretrainSettings, shape: DataShape, network: Archite
     )
 
 
-def _loft(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, on_gpu: bool) -> Iterator[RankMemory]:
-    buffers, sub = loft_buffers(settings, network, workers, on_gpu)
+def _loft(case: Case, workers: int, on_gpu: bool) -> Iterator[RankMemory]:
+    buffers, sub = loft_buffers(case, workers, on_gpu)
     widths = {group.name: len(sub.network.get_parameter(group.filters)) for group in sub.groups}
-    kept = _activations(settings, partial(_build, network, widths), _image(shape), settings.batch_size)
-    yield _memory(settings, shape, network, workers, 0, buffers, kept.network + kept.result, settings.batch_size)
+    kept = _activations(case, lambda: _build(case.network, widths), _image(case), case.settings.batch_size)
+    kept_bytes, staging = kept.network + kept.result, loft_staging(case, workers, sub)
+    yield _memory(case, workers, on_gpu, 0, buffers, kept_bytes, case.settings.batch_size, staging)
 
 
-def _data_parallel(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, on_gpu: bool) -> Iterator[RankMemory]:
-    largest = -(-settings.batch_size // workers)
-    kept = _activations(settings, partial(_build, network, {}), _image(shape), largest)
-    yield _memory(settings, shape, network, workers, 0, data_parallel_buffers(network), kept.network + kept.result, largest)
+def _data_parallel(case: Case, workers: int, on_gpu: bool) -> Iterator[RankMemory]:
+    parts = case.largest_share(workers)
+    kept = _activations(case, lambda: _build(case.network, case.widths), _image(case), parts[0])
+    buffers = data_parallel_buffers(case)
+    staging = buffers.parameters + buffers.gradients if workers > 1 else 0
+    yield _memory(case, workers, on_gpu, 0, buffers, kept.network + kept.result, sum(parts), staging)
 
 
-def _pipeline(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, on_gpu: bool) -> Iterator[RankMemory]:
-    for rank, part in enumerate(parts(network, cuts(network, settings.pipeline.split, workers, shape.image_size))):
-        kept = stage_activations(settings, shape, network, part)
-        buffers = stage_buffers(settings, shape, network, part)
-        yield _memory(settings, shape, network, workers, rank, buffers, kept, settings.batch_size if part.begins else 0)
+def _pipeline(case: Case, workers: int, on_gpu: bool) -> Iterator[RankMemory]:
+    whole = storage_bytes(_full(case).parameters())
+    where = cuts(case.network, case.settings.pipeline.split, workers, case.shape.image_size)
+    for rank, part in enumerate(parts(case.network, where)):
+        kept, buffers = stage_activations(case, part), stage_buffers(case, part)
+        images = case.settings.batch_size if part.begins else 0
+        # every message received and sent, and the merge of all stages
+        staging = 2 * buffers.exchange + buffers.parameters + whole if workers > 1 else 0
+        yield _memory(case, workers, on_gpu, rank, buffers, kept, images, staging)
 
 
-def stage_activations(settings: PretrainSettings, shape: DataShape, network: Architecture, part: Part) -> int:
+def stage_activations(case: Case, part: Part) -> int:
     """At its largest, which is when the backward pass begins or when it ends.
 
     Legend: of m micro-batches, i are through their backward pass. m - i have kept what they need for it (with recomputation: one at a
     time has), and the gradients of i + 1 inputs wait to be sent.
     """
-    arriving, _ = part.borders(network.block_outputs(shape.image_size))
-    m = settings.pipeline.micro_batches
-    images = settings.batch_size // m
+    arriving, _ = part.borders(case.network.block_outputs(case.shape.image_size))
+    m, recompute = case.settings.pipeline.micro_batches, case.settings.pipeline.recompute
+    images = case.settings.batch_size // m
     kept = _activations(
-        settings, lambda: Stage(_build(network, {}), part), arriving or _image(shape), images, begins=part.begins, ends=part.ends
+        case,
+        lambda: Stage(_build(case.network, {}), part),
+        arriving or _image(case),
+        images,
+        begins=part.begins,
+        ends=part.ends,
     )
     gradient = images * FLOAT32_BYTES * torch.Size(arriving).numel() if arriving else 0
 
     def held(i: int) -> int:
-        alive = 1 if settings.pipeline.recompute else m - i
+        alive = 1 if recompute else m - i
         return alive * kept.network + (m - i) * kept.result + (i + 1) * gradient
 
     return max(held(0), held(m - 1))
 
 
 def _memory(
-    settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, rank: int, buffers: Buffers, kept: int, images: int
-) -> RankMemory:
-    full = _full(network)
+    case: Case, workers: int, on_gpu: bool, rank: int, buffers: Buffers, kept: int, images: int, staging: int
+) -> RankMemory:  # fmt: skip
+    """`kept` activations in bytes, `images` of a batch on this rank, `staging` of ranks on GPUs in bytes."""
+    full = _full(case)
     parameters = storage_bytes(full.parameters())
-    pixels = images * torch.Size(_image(shape)).numel() * FLOAT32_BYTES
+    values = images * torch.Size(_image(case)).numel()
+    batch = values * FLOAT32_BYTES + images * LABEL_BYTES
+    from_files = case.shape.pixel_bytes == 0
     return RankMemory(
         rank=rank,
+        on_gpu=on_gpu,
         buffers=buffers,
         activations=kept,
-        input_batch=pixels + images * LABEL_BYTES,
-        images=shape.resident_bytes,
+        input_batch=batch,
+        next_batch=values + batch if on_gpu and from_files else 0,
+        images=case.shape.resident_bytes,
         initial_network=parameters,
         evaluation_network=parameters + storage_bytes(full.buffers()),
-        whole=parameters * (1 + _momentum_lasts(settings, workers)),
+        whole=parameters * (1 + _momentum_lasts(case, workers)),
+        staging=staging if on_gpu else 0,
     )
 
 
-def _momentum_lasts(settings: PretrainSettings, workers: int) -> bool:
+def _momentum_lasts(case: Case, workers: int) -> bool:
     """Whether momentum outlives a round, so that checkpoints hold it: everywhere but where LoFT starts it anew."""
+    settings = case.settings
     return settings.strategy != "loft" or settings.loft.momentum_across_rounds == "carry" or workers == 1
 
 
 def _activations(
-    settings: PretrainSettings,
+    case: Case,
     build: Callable[[], nn.Module],
     image: tuple[int, int, int],
     images: int,
     begins: bool = True,
     ends: bool = True,
 ) -> Activations:
-    return activations(build, image, images, begins, ends, settings.computation.precision == "bfloat16")
+    return activations(build, image, images, begins, ends, case.settings.computation.precision == "bfloat16")
 
 
 def _own(buffers: Sequence[ParameterBuffer]) -> dict[str, int]:
@@ -224,14 +281,14 @@ def _build(network: Architecture, widths: Mapping[str, int]) -> ResidualNetwork:
     return ResidualNetwork(network, network.hidden_widths() | dict(widths))
 
 
-def _full(network: Architecture) -> ResidualNetwork:
+def _full(case: Case) -> ResidualNetwork:
     with META:
-        return _build(network, {})
+        return _build(case.network, case.widths)
 
 
 def _parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return dict(network.named_parameters())
 
 
-def _image(shape: DataShape) -> tuple[int, int, int]:
-    return shape.channels, shape.image_size, shape.image_size
+def _image(case: Case) -> tuple[int, int, int]:
+    return case.shape.channels, case.shape.image_size, case.shape.image_size

@@ -1,12 +1,12 @@
-"""What a case would send and how long it would take: `loft commcost` without a run."""
+"""What a training would send and how long it would take: `loft commcost` without a run, dry runs, plans of jobs."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
 from loft_hpc.analysis import timing
-from loft_hpc.analysis.size import network_size, section_flops
+from loft_hpc.analysis.size import Size, network_size, section_flops
 from loft_hpc.analysis.timing import Cluster, Seconds
 from loft_hpc.analysis.traffic import (
     FLOAT32_BYTES,
@@ -25,33 +25,45 @@ from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.exchange import TRANSPORT_DTYPES
 from loft_hpc.filterwise.loft import LoftSettings, averages
 from loft_hpc.filterwise.partition import check_workers, shares
-from loft_hpc.jobs.pretrain import PretrainSettings, order_of
+from loft_hpc.jobs.pretrain import PretrainSettings, order_of, step_images
+from loft_hpc.jobs.retrain import RetrainSettings
 from loft_hpc.models.architecture import Architecture, architecture
 from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.pipeline.stages import cuts, parts
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """One strategy on so many workers, for the epochs of its settings."""
+class Case:
+    """A training that need not have been started."""
 
-    strategy: str
-    workers: int
-    delivered_bytes: int
-    """Payload that reaches workers."""
-    handed_over_bytes: int
-    wire_bytes: int
-    seconds_per_epoch: Seconds | None
-    impossible: str = ""
-    """Why the strategy cannot run on so many workers."""
+    settings: PretrainSettings | RetrainSettings
+    shape: DataShape
+    network: Architecture
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """Hidden filters by block, where they are not the architecture's: of a ticket."""
+    masked: bool = False
+    """Whether a mask of weights is trained with."""
 
+    @classmethod
+    def of(cls, settings: PretrainSettings, shape: DataShape | None = None) -> "Case":
+        """A pretraining. Without a shape, the data set's own; raises LoftError for data that have none."""
+        shape = shape or known_shape(settings.data.dataset, settings.data.image_size)
+        network = architecture(settings.model, shape.num_classes, shape.channels, shape.stem, settings.widen)
+        return cls(settings, shape, network)
 
-def predict(settings: PretrainSettings, workers: int, cluster: Cluster | None) -> Prediction:
-    """The bytes of a whole training without evaluations, and the seconds of one of its epochs."""
-    try:
-        return _predict(settings, workers, cluster)
-    except LoftError as problem:
-        return Prediction(settings.strategy, workers, 0, 0, 0, None, str(problem))
+    @property
+    def size(self) -> Size:
+        """Of the whole network."""
+        return network_size_of(self.network, tuple(self.widths.items()), self.shape.image_size)
+
+    @property
+    def batch_parts(self) -> int | None:
+        return getattr(self.settings, "batch_parts", None)
+
+    def largest_share(self, workers: int) -> list[int]:
+        """Images of each part of a split batch that rank 0 computes; no rank has more."""
+        batch, parts = self.settings.batch_size, self.batch_parts or workers
+        return [len(range(part, batch, parts)) for part in range(0, parts, workers)]
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,8 @@ class Course:
     steps_per_epoch: int
     steps: int
     """Of a worker, in the whole training."""
+    step_images: int
+    """Images of a step of all workers together."""
     exchanges: list[Exchanges]
 
     @property
@@ -84,94 +98,149 @@ class Course:
     def epochs(self) -> float:
         return self.steps / self.steps_per_epoch
 
-
-def _predict(settings: PretrainSettings, workers: int, cluster: Cluster | None) -> Prediction:
-    shape, network = planned(settings)
-    way = course(settings, shape, network, workers)
-    seconds = epoch_seconds(settings, shape, network, workers, way, cluster) if cluster else None
-    wire = sum(flow.wire_bytes for flow in way.flows)
-    return Prediction(settings.strategy, workers, delivered(way.flows), handed_over(way.flows), wire, seconds)
+    @property
+    def images(self) -> int:
+        """Images that all workers together see in the whole training."""
+        return self.steps * self.step_images
 
 
-def planned(settings: PretrainSettings) -> tuple[DataShape, Architecture]:
-    """The data set's shape and the network that settings name. Raises LoftError for data that have no shape before they are read."""
-    shape = known_shape(settings.data.dataset, settings.data.image_size)
-    return shape, architecture(settings.model, shape.num_classes, shape.channels, shape.stem, settings.widen)
-
-
-def course(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int) -> Course:
+def course(case: Case, workers: int) -> Course:
     """Steps and exchanges of a training on so many workers. Raises LoftError where it is not possible."""
-    of = {"loft": _loft_course, "data-parallel": _data_parallel_course, "gpipe": _pipeline_course}[settings.strategy]
-    return of(settings, shape, network, workers)
+    return _WAYS[case.settings.strategy][0](case, workers)
 
 
-def epoch_seconds(
-    settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, way: Course, cluster: Cluster
-) -> Seconds:
+def epoch_seconds(case: Case, workers: int, way: Course, cluster: Cluster) -> Seconds:
     """Of an epoch of that course."""
-    of = {"loft": _loft_seconds, "data-parallel": _data_parallel_seconds, "gpipe": _pipeline_seconds}[settings.strategy]
-    return of(settings, shape, network, workers, way, cluster)
+    return _WAYS[case.settings.strategy][1](case, workers, way, cluster)
 
 
-def _loft_course(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int) -> Course:
-    groups = partitioned_groups(filter_groups(network), settings.loft.partition)
-    check_workers(groups, workers)
-    steps = order_of(settings, shape.train_images, 0, workers).steps_per_epoch
+def _loft_course(case: Case, workers: int) -> Course:
+    settings = case.settings
+    check_workers(partitioned_groups(filter_groups(case.network), settings.loft.partition), workers)
+    steps = order_of(settings, case.shape.train_images, 0, workers).steps_per_epoch
     total = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * steps
-    divided = division_of(network, settings.loft.partition)
+    divided = division_of(case.network, settings.loft.partition)
     averaging = list(averaging_rounds(settings.loft, (total,), (steps, settings.snapshots.every.steps(steps))))
     counts = {True: sum(averaging), False: len(averaging) - sum(averaging)}
     exchanges = [
         Exchanges("round", count, exchange_flows(settings, divided, workers, average=average)) for average, count in counts.items() if count
     ]
-    return Course(steps, total, exchanges)
+    return Course(steps, total, step_images(settings, workers), exchanges)
 
 
-def _loft_seconds(
-    settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, way: Course, cluster: Cluster
-) -> Seconds:
-    groups = partitioned_groups(filter_groups(network), settings.loft.partition)
-    flops = network_size(network, {group.name: shares(group.width, workers)[0] for group in groups}, shape.image_size).flops
-    images = way.steps_per_epoch * settings.batch_size
+def _loft_seconds(case: Case, workers: int, way: Course, cluster: Cluster) -> Seconds:
+    groups = partitioned_groups(filter_groups(case.network), case.settings.loft.partition)
+    widths = {group.name: shares(group.width, workers)[0] for group in groups}
+    flops = network_size_of(case.network, tuple(widths.items()), case.shape.image_size).flops
+    images = way.steps_per_epoch * case.settings.batch_size
     return timing.loft_epoch(cluster, images, way.steps_per_epoch / way.steps, flops, way.flows, workers)
 
 
-def _data_parallel_course(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int) -> Course:
-    return _of_steps(settings, shape, workers, data_parallel_step(division_of(network, "all-blocks").total, workers))
+def _data_parallel_course(case: Case, workers: int) -> Course:
+    return _of_steps(case, workers, data_parallel_step(case.size.parameters, workers))
 
 
-def _data_parallel_seconds(
-    settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, way: Course, cluster: Cluster
-) -> Seconds:
-    steps, flops = way.steps_per_epoch, network_size(network, None, shape.image_size).flops
-    return timing.data_parallel_epoch(cluster, steps * settings.batch_size, steps, flops, way.exchanges[0].flows, workers)
+def _data_parallel_seconds(case: Case, workers: int, way: Course, cluster: Cluster) -> Seconds:
+    images = sum(case.largest_share(workers))
+    step, flops = way.exchanges[0].flows, case.size.flops
+    return timing.data_parallel_epoch(cluster, images, way.steps_per_epoch, flops, step, workers)
 
 
-def _pipeline_course(settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int) -> Course:
+def _pipeline_course(case: Case, workers: int) -> Course:
+    settings, size = case.settings, case.shape.image_size
     settings.pipeline.check_batch(settings.batch_size)
-    crossing = crossing_elements(network, shape.image_size, cuts(network, settings.pipeline.split, workers, shape.image_size))
-    return _of_steps(settings, shape, workers, pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches))
+    crossing = crossing_elements(case.network, size, cuts(case.network, settings.pipeline.split, workers, size))
+    return _of_steps(case, workers, pipeline_step(crossing, settings.batch_size, settings.pipeline.micro_batches))
 
 
-def _of_steps(settings: PretrainSettings, shape: DataShape, workers: int, flows: list[Flow]) -> Course:
+def _of_steps(case: Case, workers: int, flows: list[Flow]) -> Course:
     """All ranks together are one worker, and every step exchanges."""
-    steps = order_of(settings, shape.train_images, 0, workers).steps_per_epoch
-    return Course(steps, steps * settings.epochs, [Exchanges("step", steps * settings.epochs, flows)])
+    order = order_of(case.settings, case.shape.train_images, 0, workers)
+    order.in_parts(case.batch_parts)  # refuses fewer parts than ranks
+    steps = order.steps_per_epoch * case.settings.epochs
+    return Course(order.steps_per_epoch, steps, step_images(case.settings, workers), [Exchanges("step", steps, flows)])
 
 
-def _pipeline_seconds(
-    settings: PretrainSettings, shape: DataShape, network: Architecture, workers: int, way: Course, cluster: Cluster
-) -> Seconds:
-    chosen = cuts(network, settings.pipeline.split, workers, shape.image_size)
-    images = settings.batch_size // settings.pipeline.micro_batches
-    flops = section_flops_of(network, shape.image_size)
+def _pipeline_seconds(case: Case, workers: int, way: Course, cluster: Cluster) -> Seconds:
+    pipeline, size = case.settings.pipeline, case.shape.image_size
+    chosen = cuts(case.network, pipeline.split, workers, size)
+    images = case.settings.batch_size // pipeline.micro_batches
+    flops = section_flops_of(case.network, size)
     of_stages = []
-    for part in parts(network, chosen):
+    for part in parts(case.network, chosen):
         blocks = flops[part.first : part.last + 1]
         of_stages.append(images * (sum(blocks) + (flops[0] if part.begins else 0) + (flops[-1] if part.ends else 0)))
-    crossing_bytes = [FLOAT32_BYTES * images * elements for elements in crossing_elements(network, shape.image_size, chosen)]
-    one = timing.pipeline_step(cluster, of_stages, crossing_bytes, settings.pipeline.micro_batches, settings.pipeline.recompute)
+    crossing_bytes = [FLOAT32_BYTES * images * elements for elements in crossing_elements(case.network, size, chosen)]
+    one = timing.pipeline_step(cluster, of_stages, crossing_bytes, pipeline.micro_batches, pipeline.recompute)
     return Seconds(way.steps_per_epoch * one.compute, way.steps_per_epoch * one.communicate)
+
+
+_WAYS = {
+    "loft": (_loft_course, _loft_seconds),
+    "data-parallel": (_data_parallel_course, _data_parallel_seconds),
+    "gpipe": (_pipeline_course, _pipeline_seconds),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One strategy on so many workers, for the epochs of its settings."""
+
+    strategy: str
+    workers: int
+    delivered_bytes: int
+    """Payload that reaches workers."""
+    handed_over_bytes: int
+    wire_bytes: int
+    seconds_per_epoch: Seconds | None
+    images: int = 0
+    """Training images of all workers together, those of every repetition counted."""
+    impossible: str = ""
+    """Why the strategy cannot run on so many workers."""
+
+
+def predict(settings: PretrainSettings, workers: int, cluster: Cluster | None) -> Prediction:
+    """The bytes of a whole training without evaluations, and the seconds of one of its epochs."""
+    try:
+        case = Case.of(settings)
+        way = course(case, workers)
+        seconds = epoch_seconds(case, workers, way, cluster) if cluster else None
+    except LoftError as problem:
+        return Prediction(settings.strategy, workers, 0, 0, 0, None, impossible=str(problem))
+    wire = sum(flow.wire_bytes for flow in way.flows)
+    return Prediction(settings.strategy, workers, delivered(way.flows), handed_over(way.flows), wire, seconds, way.images)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a whole training would take on so many workers, without evaluations."""
+
+    options: str
+    """What makes it another one than the training that was asked for, as typed; empty for that one."""
+    workers: int
+    images: int = 0
+    """Seen by all workers together."""
+    seconds: float | None = None
+    """Wall time, where a cluster was named."""
+    handed_over_bytes: int = 0
+    delivered_bytes: int = 0
+    wire_bytes: int = 0
+    impossible: str = ""
+    """Why it cannot be."""
+
+    @property
+    def worker_seconds(self) -> float | None:
+        return None if self.seconds is None else self.workers * self.seconds
+
+
+def outlook(case: Case, workers: int, cluster: Cluster | None, options: str = "") -> Outlook:
+    try:
+        way = course(case, workers)
+        seconds = epoch_seconds(case, workers, way, cluster).total * way.epochs if cluster else None
+    except LoftError as problem:
+        return Outlook(options, workers, impossible=str(problem))
+    wire = sum(flow.wire_bytes for flow in way.flows)
+    return Outlook(options, workers, way.images, seconds, handed_over(way.flows), delivered(way.flows), wire)
 
 
 def exchange_flows(
@@ -179,7 +248,15 @@ def exchange_flows(
 ) -> list[Flow]:
     loft = settings.loft
     element_bytes = TRANSPORT_DTYPES[loft.transport_dtype].itemsize
-    return loft_round(divided, workers, loft.exchange, element_bytes, 2 if loft.momentum_across_rounds == "carry" else 1, moved, average)
+    return loft_round(
+        divided,
+        workers,
+        loft.exchange,
+        element_bytes,
+        2 if loft.momentum_across_rounds == "carry" else 1,
+        moved,
+        average,
+    )
 
 
 def round_ends(settings: LoftSettings, ends: Sequence[int]) -> list[int]:
@@ -198,6 +275,11 @@ def averaging_rounds(settings: LoftSettings, ends: Sequence[int], looks: Sequenc
 
 division_of = cache(division)
 section_flops_of = cache(section_flops)
+
+
+@cache
+def network_size_of(network: Architecture, widths: tuple[tuple[str, int], ...], image_size: int) -> Size:
+    return network_size(network, dict(widths), image_size)
 
 
 def winners(predictions: Sequence[Prediction]) -> dict[int, str]:

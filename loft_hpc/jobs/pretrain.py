@@ -53,7 +53,7 @@ class PretrainSettings:
     """Whether the classifier is drawn from the seed all the same."""
     strategy: str = "loft"
     epochs: int = 10
-    """Walks through the training images, per worker."""
+    """Passes over the training images: of each worker under `loft` with replicated data, else of all together."""
     rounds: int | None = None
     """Rounds of `local_iterations` steps, in place of epochs."""
     batch_size: int = 64
@@ -104,13 +104,14 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     With `resume`, a run at `path` is continued from its newest checkpoint; where there is none yet, one is started, and one that is
     done is left as it is.
     """
-    where = destination(settings, path, resume, (settings.model, settings.data.dataset, settings.strategy), world)
+    where = destination(settings, path, resume, world)
     if where.finished:
         return where.path, where.finished
     workplace = prepare(settings, world)
     info, device, precision = workplace.data.info, workplace.device, settings.computation.precision
     network = architecture(settings.model, info.num_classes, info.channels, info.stem, settings.widen)
     order = order_of(settings, info.train_images, world.rank, world.size)
+    oversight.watcher.prepared(order.steps_per_epoch * step_images(settings, world.size))
     total_steps = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * order.steps_per_epoch
     # Parameters alone: nothing keeps statistics, and every evaluation makes its own.
     initial = {name: tensor.detach() for name, tensor in build(network, seed=seeds.derive(settings.seed, "init")).named_parameters()}
@@ -131,6 +132,7 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     else:
         strategy = DataParallel(network, None, initial, *common, precision, device, world)
         details = {"parameters": parameters}
+    where = where.claimed((settings.model, settings.data.dataset, settings.strategy), world)
     outcome = train_into(
         where, "pretrain", strategy, settings, network, None, details | started_from, order, workplace, world, oversight, settings.stopping
     )
@@ -142,6 +144,11 @@ def order_of(settings: PretrainSettings, train_images: int, rank: int, size: int
     rank, size = (0, 1) if settings.strategy == "gpipe" else (rank, size)
     sharing = "split" if settings.strategy == "data-parallel" else "sharded" if settings.loft.shard_data else "replicated"
     return Order(sharing, train_images, settings.batch_size, settings.seed, rank, size)
+
+
+def step_images(settings: Any, workers: int) -> int:
+    """Images of a step of all workers together; `settings` of a pretraining or retraining."""
+    return settings.batch_size * (workers if settings.strategy == "loft" else 1)
 
 
 def settings_of(run: Run) -> PretrainSettings:

@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -45,6 +45,7 @@ LEARNING_RATE = 0.03
 class RetrainSettings:
     """Everything that decides a retraining run, but for the ticket and the number of ranks."""
 
+    strategy: ClassVar[str] = "data-parallel"
     rewind: str = "none"
     """Weights to start from: `none` (as pruned), `init` (before pretraining) or `epoch:K` (a snapshot of pretraining)."""
     epochs: int = 10
@@ -144,7 +145,7 @@ def retrain(
     ticket: Ticket, settings: RetrainSettings, path: Path | None, resume: bool, world: World, oversight: Oversight
 ) -> tuple[Path, Outcome]:
     """Train a ticket data-parallel over all ranks, and leave a complete run at `path`. Collective. `resume` is as for `pretrain`."""
-    where = destination(settings, path, resume, (ticket.architecture.model, settings.data.dataset, "retrain"), world)
+    where = destination(settings, path, resume, world)
     if where.earlier:
         _refuse_other_ticket(where.earlier, ticket)
     if where.finished:
@@ -166,6 +167,7 @@ def retrain(
         **({} if start.new_classifier is None else {"new_classifier": start.new_classifier}),
         "ticket": {"path": os.path.abspath(ticket.path), "sha256": ticket.fingerprint, "kind": ticket.mask.kind, **ticket.provenance},
     }
+    where = where.claimed((ticket.architecture.model, settings.data.dataset, "retrain"), world)
     outcome = train_into(
         where, "retrain", strategy, settings, start.network, ticket.hidden_widths, details, order, workplace, world, oversight
     )

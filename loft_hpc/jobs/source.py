@@ -139,7 +139,7 @@ class RunSource:
         method, *level = name.split("/")
         path = self.run.path.joinpath("searches", self._name or method, *level)
         details = dict(recipe.details or {})
-        where = destination(settings, path, True, (self.architecture.model, run.data.dataset, "search"), self.world)
+        where = destination(settings, path, True, self.world)
         if where.earlier:
             _refuse_other_search(where.earlier, settings, details)
         if not where.finished:

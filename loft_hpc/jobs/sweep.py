@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from loft_hpc.comm.world import World
 from loft_hpc.data.registry import Reading, open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.files import read_json
+from loft_hpc.jobs.comparable import DENSE, DenseRuns, dense_ticket
 from loft_hpc.jobs.prune import draw_tickets, ticket_name, ticket_names
 from loft_hpc.jobs.retrain import RetrainSettings, retrain, snapshot_name
 from loft_hpc.jobs.settings import CHANGEABLE, leaves, option_of, to_json
@@ -40,6 +41,8 @@ class SweepSettings:
     """Snapshots by name (`init`, `epoch:K`, `step:K`), or `every`."""
     name: str
     """Folder under RUN/sweeps; one for each recipe of retraining."""
+    dense: bool = False
+    """Whether the dense network of every snapshot is retrained as well."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Point:
     """Share that is removed."""
     accuracy: float
     """Of the ticket after retraining, 0 to 1."""
-    dense_accuracy: float
-    """Of the run's final network, not pruned."""
+    dense_accuracy: float | None
+    """Of the dense network retrained from the same snapshot by the same recipe; None where it was not."""
     retrained: Path
     emptied_layers: tuple[str, ...] = ()
     """Layers of which a ticket of weights keeps none."""
@@ -68,7 +71,7 @@ class Point:
 class SweepWatcher(Protocol):
     """Who is told of the progress."""
 
-    def point_done(self, number: int, points: int, point: Point, seconds_left: float | None) -> None: ...
+    def trained(self, number: int, trainings: int, what: str, accuracy: float, seconds_left: float | None) -> None: ...
 
 
 def sweep(
@@ -90,37 +93,41 @@ def sweep(
         _agree_on_recipe(run, settings.name, recipes[run.path], world)
     for run in opened.values():
         ticket_names(settings.prunings, settings.blocks, FINAL, run.architecture)
-    points, taken = [], []
-    for number, (run, at, pruning) in enumerate(work, start=1):
+    done, taken, trainings = [], [], _trainings(work, settings)
+    for number, (run, at, pruning) in enumerate(trainings, start=1):
         began = time.perf_counter()
         own = recipes[run.path]
-        around = Surroundings(world, quiet, Reading(own.data.data_dir, own.data.loader_workers), own.computation.device)
-        ticket = _ticket(run, pruning, settings.blocks, at, around)
-        folder = run.path / "sweeps" / settings.name / ticket.path.name
-        done = world.on_root(partial(_is_done, folder))
+        if pruning is None:
+            ticket, own = dense_ticket(run), replace(own, rewind=at if own.rewind == "none" else own.rewind)
+            folder, what = run.path / "sweeps" / settings.name / f"{DENSE}-{at.replace(':', '-')}", "dense"
+        else:
+            around = Surroundings(world, quiet, Reading(own.data.data_dir, own.data.loader_workers), own.computation.device)
+            ticket = _ticket(run, pruning, settings.blocks, at, around)
+            folder, what = run.path / "sweeps" / settings.name / ticket.path.name, f"{100 * ticket.pruning_ratio:.4g} % pruned"
+        there = world.on_root(partial(_is_done, folder))
         world.ledger = Ledger()  # each retraining counts its own
-        _, outcome = retrain(ticket, recipes[run.path], folder, True, world, quiet)
-        if not done:
+        _, outcome = retrain(ticket, own, folder, True, world, quiet)
+        if not there:
             taken.append(time.perf_counter() - began)
-        epoch = run.snapshots.step(snapshot_name(at, "--at")) / run.required("steps_per_epoch", int)
-        accuracy = outcome.score.accuracy
-        points.append(
-            Point(
-                run.path,
-                labels[run.path],
-                at,
-                epoch,
-                pruning.ratio,
-                ticket.pruning_ratio,
-                accuracy,
-                run.accuracy,
-                folder,
-                tuple(ticket.mask.emptied()),
-            )
-        )
-        left = sum(taken) / len(taken) * (len(work) - number) if taken else None
-        watcher.point_done(number, len(work), points[-1], left)
-    return points
+        left = sum(taken) / len(taken) * (len(trainings) - number) if taken else None
+        watcher.trained(number, len(trainings), f"{run.path.name}   {at}, {what}", outcome.score.accuracy, left)
+        if pruning is not None:
+            epoch = run.snapshots.step(snapshot_name(at, "--at")) / run.required("steps_per_epoch", int)
+            removed, emptied = ticket.pruning_ratio, tuple(ticket.mask.emptied())
+            done.append(Point(run.path, labels[run.path], at, epoch, pruning.ratio, removed, outcome.score.accuracy, None, folder, emptied))
+    dense = DenseRuns()
+    likes = [dense.like(Run.open(point.retrained)) for point in done]
+    return [replace(point, dense_accuracy=like and like.accuracy) for point, like in zip(done, likes, strict=True)]
+
+
+def _trainings(work: Sequence[tuple[Run, str, Pruning]], settings: SweepSettings) -> list[tuple[Run, str, Pruning | None]]:
+    """What is retrained, in order; None in place of a pruning for the dense network."""
+    found: list[tuple[Run, str, Pruning | None]] = []
+    for place, (run, at, pruning) in enumerate(work):
+        if settings.dense and (not place or work[place - 1][:2] != (run, at)):
+            found.append((run, at, None))
+        found.append((run, at, pruning))
+    return found
 
 
 def _is_done(folder: Path) -> bool:

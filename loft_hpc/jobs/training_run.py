@@ -1,7 +1,7 @@
 """What pretraining and retraining have in common: a place to compute, and a run on disk that a strategy trains into."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ import torch
 
 from loft_hpc.analysis.energy import Meter, energy_of_ranks, gpus_of
 from loft_hpc.comm.world import World
+from loft_hpc.data.catalogue import IMAGE_FOLDERS
 from loft_hpc.data.dataset import DataSet
 from loft_hpc.data.order import Order
 from loft_hpc.data.registry import DataSettings, open_data
@@ -51,6 +52,8 @@ class Workplace:
     placements: list[Placement]
     """Of all ranks."""
     data: DataSet
+    note: str | None = None
+    """About how it reads, where that is in the way of computing."""
 
 
 def prepare(settings: TrainingSettings, world: World) -> Workplace:
@@ -58,17 +61,28 @@ def prepare(settings: TrainingSettings, world: World) -> Workplace:
     device, placement = place(settings.computation.device, settings.computation.precision, world)
     data = open_data(settings.data, device, world)
     refuse_disagreement({f"the images of {data.info.name}, SHA-256": data.info.fingerprint}, world)
-    return Workplace(device, world.gather_objects(placement), data)
+    note, wanted = None, settings.data.loader_workers
+    if settings.data.dataset in IMAGE_FOLDERS and wanted is not None and wanted > world.cores:
+        note = f"{wanted} loader processes for each rank, which has {world.cores} of the cores: --loader-workers {world.cores - 1} leaves one to compute"
+    return Workplace(device, world.gather_objects(placement), data, note)
 
 
 @dataclass(frozen=True)
 class Destination:
     """The run to train into: a new one, or one to go on with."""
 
-    path: Path
+    path: Path | None
+    """None until a folder of the default name is claimed."""
     earlier: Run | None
     extended: bool = False
     """Whether it goes on beyond the end that it was planned to have."""
+
+    def claimed(self, name: tuple[str, str, str], world: World) -> "Destination":
+        """With a path: without --run runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, `name` being the first three. Collective.
+
+        Called when all else is known to be in order: a start that is refused leaves no empty folder.
+        """
+        return self if self.path else replace(self, path=world.on_root(lambda: claim_default_path(*name, world.size)))
 
     @property
     def finished(self) -> Outcome | None:
@@ -88,16 +102,14 @@ class Destination:
             raise LoftError(f"{self.path / 'run.json'} says done, but not with what ({problem}): restore it") from None
 
 
-def destination(settings: TrainingSettings, path: Path | None, resume: bool, name: tuple[str, str, str], world: World) -> Destination:
-    """Where to train into; by default runs/MODEL-DATASET-STRATEGY+WORKERS-TIME, `name` being the first three. Collective.
+def destination(settings: TrainingSettings, path: Path | None, resume: bool, world: World) -> Destination:
+    """Where to train into. Collective.
 
     Raises LoftError where the ranks were started with different settings (but for where each finds the data) or software.
     """
     options = {option_of(name): value for name, value in agreed(settings).items()}
     refuse_disagreement(options | {"--run": path, "--resume": resume} | software(), world)
-    if path is None:
-        return Destination(world.on_root(lambda: claim_default_path(*name, world.size)), None)
-    if not (resume and world.on_root(lambda: (path / "run.json").exists())):
+    if path is None or not (resume and world.on_root(lambda: (path / "run.json").exists())):
         return Destination(path, None)
     run = Run.open(path)
     return Destination(path, run, settings.epochs != run.configuration.get("epochs", settings.epochs))
@@ -145,7 +157,8 @@ def train_into(
     With `stopping`, the filters' rankings are followed, and the training may end when they stand still.
     """
     lock = RunLock(where.path)
-
+    if workplace.note:
+        oversight.watcher.noted(workplace.note)
     if where.earlier and (ranks := where.earlier.required("world_size", int)) != world.size:
         if not strategy.any_world_size:
             raise LoftError(f"{where.path} was started with {ranks} ranks: resume it with as many, not {world.size}")

@@ -293,7 +293,9 @@ class Run:
         )
 
     def read_ledgers(self) -> list[Ledger]:
-        """The ranks' ledgers, by rank. Raises LoftError where ledger.json is missing or no ledger."""
+        """The ranks' ledgers, by rank. Raises LoftError where ledger.json is missing, as before a run's end, or no ledger."""
+        if self.description.get("status") != "done" and not (self.path / "ledger.json").exists():
+            raise LoftError(f"{self.path} has no ledger yet (status: {self.description.get('status')}): finish it with --resume first")
         try:
             return [Ledger.from_json(fields) for fields in read_json(self.path / "ledger.json")["ranks"]]
         except (KeyError, TypeError, AttributeError, ValueError):

@@ -55,6 +55,10 @@ class Finder:
     """How much is removed, as tickets are named by it: the ratio, or what that comes to where it is coarse."""
     removes_filters: Callable[[Any], bool] = lambda options: getattr(options, "unit", "filters") == "filters"
     """Whether its tickets are of filters, so that a choice of blocks means something."""
+    shallower: Callable[[float, Architecture], Architecture] = lambda ratio, dense: dense
+    """The network that is left where it removes whole blocks: as many, though which is not known before."""
+    trainings: Callable[[Any, Architecture, Sequence[float]], int] = lambda options, dense, ratios: 0
+    """How many trainings of the dense network it searches by, each of `search_epochs` or of the run's epochs."""
 
 
 FINDERS: dict[str, Finder] = {}

@@ -151,7 +151,13 @@ class Ticket:
     def read(cls, path: Path) -> "Ticket":
         """A ticket from disk. Raises LoftError where `path` is none, or where its files do not fit together."""
         if not (path / "ticket.json").is_file():
-            hint = "it is a run" if (path / "run.json").is_file() else "no ticket.json in it" if path.is_dir() else "no such folder"
+            hint = (
+                "it is a run: loft retrain --dense takes its dense network"
+                if (path / "run.json").is_file()
+                else "no ticket.json in it"
+                if path.is_dir()
+                else "no such folder"
+            )
             raise LoftError(f"{path} is no ticket ({hint}): give a folder that `loft prune` printed")
         description = read_json(path / "ticket.json")
         kind = description.pop("kind", "filter ticket")

@@ -35,7 +35,10 @@ def place(wanted: str, precision: str, world: World) -> tuple[torch.device, Plac
     device = torch.device("cuda", world.local_rank % gpus) if gpus else torch.device("cpu")
     direct = _gpus_to_themselves(device, world) and world.nccl
     world.use_device(device, direct)
-    threads = world.threads = world.threads or _share_of_cores(world)
+    if world.cores is None:
+        world.cores = _share_of_cores(world)
+        world.threads = threads_chosen_by_user() or world.cores
+    threads = world.threads
     torch.set_num_threads(threads)
     return device, Placement(str(device), threads, gpus, bool(gpus) and not direct)
 
@@ -48,11 +51,10 @@ def _gpus_to_themselves(device: torch.device, world: World) -> bool:
 
 
 def _share_of_cores(world: World) -> int:
-    """Threads for this rank: the cores that it may run on, each divided by the ranks of this machine that may run there too.
+    """The cores that it may run on, each divided by the ranks of this machine that may run there too.
 
     Serves bound ranks (each with cores of its own) and unbound ones (all sharing the machine) alike.
     """
     host, mine = os.uname().nodename, os.sched_getaffinity(0)
     claims = Counter(core for name, cores in world.gather_objects((host, mine)) if name == host for core in cores)
-    share = max(1, int(sum(1 / claims[core] for core in mine) + 1e-6))
-    return threads_chosen_by_user() or share
+    return max(1, int(sum(1 / claims[core] for core in mine) + 1e-6))

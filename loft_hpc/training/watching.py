@@ -13,6 +13,10 @@ from loft_hpc.training.settings import Supervision
 class Watcher(Protocol):
     """Who is told of the progress: the command line, or nobody."""
 
+    def prepared(self, epoch_images: int) -> None:
+        """The data are there: images that all ranks together see in an epoch of a pretraining."""
+        ...
+
     def started(self, path: str, total_steps: int, done_steps: int) -> None: ...
 
     def advanced(self, step: int, loss: float) -> None: ...

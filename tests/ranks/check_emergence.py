@@ -11,7 +11,7 @@ from loft_hpc.cli.main import run
 from loft_hpc.data.embedded import digits
 from loft_hpc.data.order import Order
 from loft_hpc.filterwise.emergence import Stopping
-from loft_hpc.jobs.distances import stopping_step
+from loft_hpc.jobs.stops import stopping_step
 from loft_hpc.jobs.theory import TheorySettings, check_theorem
 from loft_hpc.models.groups import filter_groups
 from loft_hpc.models.scores import filter_scores
@@ -146,8 +146,8 @@ def test_a_stopped_run_is_the_beginning_of_the_whole_one(world, folder, whole, s
     results = stopped.description["results"]
     assert results["stopped_early"] and results["steps"] == second < complete.description["results"]["steps"] == 88
     assert stopped.description["total_steps"] == 88
-    assert second == stopping_step(complete.path, Stopping(tolerance=tolerance, patience=1))
-    assert stopping_step(complete.path, Stopping(tolerance=0.0, patience=4)) is None
+    assert second == stopping_step(complete, Stopping(tolerance=tolerance, patience=1))
+    assert stopping_step(complete, Stopping(tolerance=0.0, patience=4)) is None
     last, model = complete.snapshots.read(complete.snapshots.names()[number + 1]), stopped.read_model()
     assert all(torch.equal(last[name], model[name]) for name in last)
     assert stopped.snapshots.names() == complete.snapshots.names()[: number + 2]

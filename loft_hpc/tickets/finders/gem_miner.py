@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from loft_hpc.errors import LoftError
+from loft_hpc.models.architecture import Architecture
 from loft_hpc.tickets.counts import kept_of_all, kept_of_each
 from loft_hpc.tickets.finders.magnitude import SCOPES, chosen_weights
 from loft_hpc.tickets.masks import WeightMask, weight_shapes
@@ -74,8 +75,13 @@ def search_rate(steps: int) -> float:
     return PAPER_LR * (PAPER_STEPS / steps) ** 0.75
 
 
+def one_for_each_ratio(options: Any, dense: Architecture, ratios: Sequence[float]) -> int:
+    return len(ratios)
+
+
 @register("gem-miner", "weights at initialisation, by scores that are trained, rounded and frozen", GemMinerOptions,
-          default_at=lambda options: INITIAL, label=lambda options: [f"seed{options.seed}"], removes_filters=lambda options: False)  # fmt: skip
+          default_at=lambda options: INITIAL, label=lambda options: [f"seed{options.seed}"],
+          removes_filters=lambda options: False, trainings=one_for_each_ratio)  # fmt: skip
 def gem_miner(source: Source, options: GemMinerOptions, ratios: Sequence[float]) -> Iterator[Found]:
     """Gem-Miner (Sreenivasan et al. 2022, "Rare Gems", arXiv 2202.12002; facts: tickets.md).
 
@@ -112,7 +118,8 @@ class EdgePopupOptions(ScoreOptions):
 
 @register("edge-popup", "weights at initialisation, by trained scores alone: Gem-Miner without regulariser and freezing", EdgePopupOptions,
           default_at=lambda options: INITIAL,
-          label=lambda options: [*([] if options.scope == "layer" else [options.scope]), f"seed{options.seed}"], removes_filters=lambda options: False)  # fmt: skip
+          label=lambda options: [*([] if options.scope == "layer" else [options.scope]), f"seed{options.seed}"],
+          removes_filters=lambda options: False, trainings=one_for_each_ratio)  # fmt: skip
 def edge_popup(source: Source, options: EdgePopupOptions, ratios: Sequence[float]) -> Iterator[Found]:
     """Edge-popup (Ramanujan et al. 2020, arXiv 1911.13299): at every step the weights with the highest scores are on, as many as the ticket has.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loft_hpc.errors import LoftError
+from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.groups import parameters_of
 from loft_hpc.runs.snapshots import point_of
 from loft_hpc.tickets.counts import kept_of_all
@@ -49,12 +50,22 @@ def level_counts(weights: int, level_ratio: float, least: int) -> list[int]:
     return counts
 
 
+def _kept(sizes: Mapping[str, int], ratios: Sequence[float]) -> dict[float, int]:
+    return {ratio: kept_of_all(sizes, ratio, "weights") for ratio in ratios}
+
+
+def _levels(options: Any, dense: Architecture, ratios: Sequence[float]) -> int:
+    """Levels after the run itself."""
+    sizes = {name: shape.numel() for name, shape in weight_shapes(dense).items()}
+    return len(level_counts(sum(sizes.values()), options.level_ratio, min(_kept(sizes, ratios).values()))) - 1
+
+
 def _label(options: Any) -> list[str]:
     return [options.rewind_to, *([] if options.level_ratio == 0.2 else [f"by{options.level_ratio:g}"])]
 
 
 @register("imp", "iterative magnitude pruning: the smallest weights go, the rest is rewound and trained again, over and over", ImpOptions,
-          label=_label, removes_filters=lambda options: False)  # fmt: skip
+          label=_label, removes_filters=lambda options: False, trainings=_levels)  # fmt: skip
 def imp(source: Source, options: ImpOptions, ratios: Sequence[float]) -> Iterator[Found]:
     """Iterative magnitude pruning (Frankle & Carbin 2019, arXiv 1803.03635; rewinding: 1912.05671; learning rate alone: 2003.02389).
 
@@ -67,7 +78,7 @@ def imp(source: Source, options: ImpOptions, ratios: Sequence[float]) -> Iterato
         raise LoftError("--method imp starts from the run's final network: leave --at away", usage=True)
     shapes = weight_shapes(source.architecture)
     sizes = {name: shape.numel() for name, shape in shapes.items()}
-    keep = {ratio: kept_of_all(sizes, ratio, "weights") for ratio in ratios}
+    keep = _kept(sizes, ratios)
     counts = level_counts(sum(sizes.values()), options.level_ratio, min(keep.values()))
     full = [ratio for ratio in ratios if keep[ratio] == sum(sizes.values())]
     if full:

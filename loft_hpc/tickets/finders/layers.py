@@ -50,8 +50,15 @@ def _amount(ratio: float, dense: Architecture) -> str:
     return f"{removed_count(blocks, ratio)}of{blocks}"
 
 
+def _shallower(ratio: float, dense: Architecture) -> Architecture:
+    blocks = removable(dense)
+    gone = lowest_blocks(dict.fromkeys(blocks, 0.0), dense, removed_count(len(blocks), ratio))
+    return BlockMask(dense, [shape.name for shape in dense.block_shapes() if shape.name not in gone]).architecture
+
+
 @register("layers", "whole residual blocks, at initialisation (snip, grasp) or after training", LayerOptions,
-          default_at=_default_at, label=_label, amount=_amount, removes_filters=lambda options: False)  # fmt: skip
+          default_at=_default_at, label=_label, amount=_amount, removes_filters=lambda options: False,
+          shallower=_shallower)  # fmt: skip
 def layers(source: Source, options: LayerOptions, ratios: Sequence[float]) -> Iterator[Found]:
     """The lowest-scored residual blocks go, all at once (arXiv 2301.10835; facts: tickets.md).
 
