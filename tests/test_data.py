@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from loft_hpc.comm.alone import Alone
 from loft_hpc.data import cifar as cifar_module
 from loft_hpc.data.augment import Augmentation
 from loft_hpc.data.dataset import calibration_indices
@@ -18,15 +19,6 @@ from loft_hpc.data.registry import DATASET_NAMES, DataSettings, open_data
 from loft_hpc.errors import LoftError
 
 CPU = torch.device("cpu")
-
-
-class Alone:
-    """A world of one, for code that only asks rank 0 to do something."""
-
-    rank, size = 0, 1
-
-    def on_root(self, action):
-        return action()
 
 
 # -- order -----------------------------------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ import torch
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from loft_hpc.cli.main import run
+from loft_hpc.comm.alone import Alone
 from loft_hpc.data import fashion_mnist
 from loft_hpc.data.fashion_mnist import FILES, MEAN, STD, Idx
 from loft_hpc.data.order import Order
 from loft_hpc.data.registry import DataSettings, known_shape, open_data
 from loft_hpc.errors import LoftError
 
-from test_data import CPU, Alone
+from test_data import CPU
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 COUNTS = {"train": 40, "test": 20}

@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from loft_hpc.comm.alone import Alone
 from loft_hpc.data import tars
 from loft_hpc.data.dataset import Batch
 from loft_hpc.data.folders import FolderDataSet
@@ -29,7 +30,7 @@ from loft_hpc.data.registry import DataSettings, open_data
 from loft_hpc.errors import LoftError
 from loft_hpc.files import read_tensors, write_tensors
 
-from test_data import CPU, Alone, make_folder
+from test_data import CPU, make_folder
 
 ORDER = Order("replicated", 12, 4, 0, 0, 1)
 

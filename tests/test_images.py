@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from loft_hpc.cli.main import run
+from loft_hpc.comm.alone import Alone
 from loft_hpc.data.index import Index, index_of
 from loft_hpc.data.leave_out import LIST_BYTES, read_list, to_line, to_text
 from loft_hpc.data.listing import list_split
@@ -26,7 +27,7 @@ from loft_hpc.data.loader import Images, decode
 from loft_hpc.data.registry import DataSettings, open_data
 from loft_hpc.errors import LoftError
 
-from test_data import CPU, Alone, make_folder
+from test_data import CPU, make_folder
 from test_folders import add, make_shards, make_tars, refuse
 
 

@@ -138,8 +138,9 @@ class DataSettings:
 
 def loader_processes(wanted: int | None, world: World) -> int:
     """Processes of a rank that decode image files. Each computes all the time, so more than the cores that are left stand in the way."""
-    cores = world.cores or max(1, len(os.sched_getaffinity(0)) // world.local_size)
-    return min(MOST_CHOSEN, cores - 1) if wanted is None else wanted
+    if wanted is not None:
+        return wanted
+    return min(MOST_CHOSEN, (world.cores or max(1, len(os.sched_getaffinity(0)) // world.local_size)) - 1)
 
 
 def open_data(settings: DataSettings, device: torch.device, world: World) -> DataSet:
