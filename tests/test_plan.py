@@ -84,7 +84,9 @@ def test_the_posters_job_from_pretraining_to_its_last_ticket(capsys, monkeypatch
     for key in ("seconds", "worker_seconds", "images", "payload_sent_bytes", "payload_received_bytes", "wire_bytes"):
         assert plan["sum"][key] == pytest.approx(sum(one[key] for one in plan["stages"]))
     assert plan["sum"]["worker_seconds"] == pytest.approx(4 * plan["sum"]["seconds"])
-    assert plan["warnings"] == [alone["warning"]] and not list(tmp_path.iterdir())
+    (warning,) = plan["warnings"]
+    assert warning.replace("pretrain preresnet18 with loft: ", "") == alone["warning"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_its_first_line_is_the_answer_and_its_last_the_next_step(capsys, monkeypatch):
@@ -93,7 +95,7 @@ def test_its_first_line_is_the_answer_and_its_last_the_next_step(capsys, monkeyp
     lines = capsys.readouterr().out.splitlines()
     plan = planned(capsys, "slurm/imagenet.sh", "--workers", "16", "--cluster", "infiniband-hdr")
     assert (
-        lines[0].startswith(f"slurm/imagenet.sh on 16 workers on 4 nodes: {plan['sum']['seconds'] / 3600:.3g} h, ")
+        lines[0].startswith(f"slurm/imagenet.sh with 16 workers on 4 nodes: {plan['sum']['seconds'] / 3600:.3g} h, ")
         and "GPU-hours" in lines[0]
     )
     assert "--shard-data" in lines[1] and lines[1].startswith("WARNING")
@@ -134,7 +136,7 @@ def test_searches_are_part_of_pruning(capsys, monkeypatch):
     dense = dry(capsys, "pretrain", "--preset", "digits", *options)
     searched = plan["stages"][1]
     assert searched["images"] == 2 * dense["images"]  # one for each ratio
-    assert searched["seconds"] == pytest.approx(2 * dense["training_seconds"], rel=0.05)
+    assert 0 < searched["seconds"] - 2 * dense["training_seconds"] < 0.1 * searched["seconds"]  # and evaluations
     assert searched["payload_sent_bytes"] == 0
     whole = dry(capsys, "pretrain", "--preset", "digits", "--workers", "4")["parameters"]
     steps = 10 * (1437 // 64)
@@ -143,7 +145,7 @@ def test_searches_are_part_of_pruning(capsys, monkeypatch):
 
 def test_gpus_that_would_idle_or_be_shared_are_told(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    for gpus, words in (("--gpus-per-node=4", "some idle"), ("--gres=gpu:a100:1", "4 ranks share 2 GPUs")):
+    for gpus, words in (("--gpus-per-node=4", "some would idle"), ("--gres=gpu:a100:1", "more ranks (4) than GPUs (2)")):
         (tmp_path / "job.sh").write_text(HEAD.replace("\n. ", f"\n#SBATCH {gpus}\n. ") + "find_tickets digits\n")
         (warning,) = planned(capsys, str(tmp_path / "job.sh"))["warnings"]
         assert words in warning

@@ -224,7 +224,7 @@ def cost_text(one: Outlook, on_gpu: bool) -> str:
     return f"{duration_text(one.seconds)}, {hours_text(one.worker_seconds)} {worker_hours(on_gpu)}"
 
 
-def warning_line(choice: Choice, on_gpu: bool) -> str | None:
+def warning_line(choice: Choice, on_gpu: bool, name: str = "") -> str | None:
     """That more workers hardly make it shorter, and what to do instead; None where they do."""
     fewer, better, asked = choice.fewer, choice.better, choice.asked
     if fewer is None:
@@ -233,7 +233,7 @@ def warning_line(choice: Choice, on_gpu: bool) -> str | None:
     instead = [] if better is None else [f"{better.options} ({cost_text(better, on_gpu)})"]
     instead.append(f"{workers_text(fewer.workers)} ({cost_text(fewer, on_gpu)})")
     return (
-        f"WARNING: {workers_text(asked.workers)} take {duration_text(asked.seconds)} and "
+        f"WARNING: {name}{workers_text(asked.workers)} take {duration_text(asked.seconds)} and "
         f"{workers_text(fewer.workers)} {duration_text(fewer.seconds)}: more workers hardly make it shorter{why}. "
         f"Use {' or '.join(instead)}."
     )

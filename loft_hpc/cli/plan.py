@@ -37,7 +37,8 @@ class _Stages:
     def __init__(self, workers: int, cluster: Cluster | None, classes: int | None, images: int | None):
         self._workers, self._cluster, self._described = workers, cluster, (classes, images)
         self.stages: list[Stage] = []
-        self.pretrainings: list[Choice] = []
+        self.choices: dict[str, Choice] = {}
+        """The trainings, by the names of their stages."""
         self.notes: list[str] = []
         self._case: Case | None = None
         self._drawn: tuple = ()
@@ -56,10 +57,8 @@ class _Stages:
         settings = pretrain.settings_of_options(context)
         shape, known_from = data_shape(settings.data, *self._described)
         self._case = Case.of(settings, shape)
-        made = choose(self._case, self._workers, self._cluster)
-        self.pretrainings.append(made)
         self.notes.append(f"Data: {settings.data.label}, {shape_text(shape, known_from)}.")
-        self.stages.append(Stage(f"pretrain {settings.model} with {settings.strategy}", made.asked))
+        self._training(f"pretrain {settings.model} with {settings.strategy}", self._case)
 
     def _prune(self, context: click.Context) -> None:
         prunings = prunings_of(context.params["ratios"], context.params)
@@ -74,18 +73,19 @@ class _Stages:
             source = Ticket.read(ticket)
             settings = retrain.retraining_settings(context, ticket_data(source))
             shape, _ = data_shape(settings.data, *self._described)
-            self._retraining(ticket.name, retraining(source, settings, shape))
+            self._training(f"retrain {ticket.name}", retraining(source, settings, shape))
             return
         if not self._drawn:
             raise LoftError(f"{ticket} is not there yet, and the script does not draw it: plan the script that does")
         prunings, blocks = self._drawn
         settings = retrain.retraining_settings(context, self._pretrained.settings.data)
         for pruning in prunings:
-            name = f"{pruning.method}, ratio {pruning.ratio:g}"
-            self._retraining(name, retraining_of(self._pretrained, pruning, blocks, settings))
+            name = f"retrain {pruning.method}, ratio {pruning.ratio:g}"
+            self._training(name, retraining_of(self._pretrained, pruning, blocks, settings))
 
-    def _retraining(self, name: str, case: Case) -> None:
-        self.stages.append(Stage(f"retrain {name}", choose(case, self._workers, self._cluster).asked))
+    def _training(self, name: str, case: Case) -> None:
+        self.choices[name] = choose(case, self._workers, self._cluster)
+        self.stages.append(Stage(name, self.choices[name].asked))
 
     @property
     def _pretrained(self) -> Case:
@@ -144,10 +144,13 @@ def _gpu_warning(script: JobScript, workers: int) -> list[str]:
 def _show(
     job: Job, format: str, script: JobScript, stages: _Stages, workers: int, cluster: Cluster | None
 ) -> None:  # fmt: skip
-    total, trained = summed(stages.stages), [one.case.settings.computation for one in stages.pretrainings]
-    on_gpu = bool(script.gpus) or any(runs_on_gpu(computation, cluster) for computation in trained)
-    warnings = [line for line in (warning_line(one, on_gpu) for one in stages.pretrainings) if line]
-    warnings += _gpu_warning(script, workers)
+    total = summed(stages.stages)
+    trained = [choice.case.settings.computation for choice in stages.choices.values()]
+    on_gpu = any(runs_on_gpu(computation, cluster) for computation in trained)
+    if not (cluster and cluster.device):
+        on_gpu = on_gpu or bool(script.gpus)
+    lines = [warning_line(choice, on_gpu, f"{name}: ") for name, choice in stages.choices.items()]
+    warnings = [line for line in lines if line] + _gpu_warning(script, workers)
     notes = [
         *dict.fromkeys(stages.notes),
         BYTES_NOTE,
