@@ -53,7 +53,7 @@ CASES = {
     ),
     "loft, stopped early": (
         ["--local-iterations", "4", "--exchange", "alltoall", "--transport-dtype", "bfloat16", "--snapshot-every", "11it",
-         "--stop-when-stable", "--tolerance", "1", "--patience", "2"], SIXTEEN_BIT
+         "--stop-when-stable", "--stability", "mask-distance", "--tolerance", "1", "--patience", "2"], SIXTEEN_BIT
     ),
     "gpipe, snapshots by steps": (["--strategy", "gpipe", "--split", "balanced", "--micro-batches", "3", "--snapshot-every", "11it"], PIPED),
     "data-parallel": (["--strategy", "data-parallel"], {("allreduce", "gradient"), ("broadcast", "shared")}),

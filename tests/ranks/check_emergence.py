@@ -10,7 +10,7 @@ import torch
 from loft_hpc.cli.main import run
 from loft_hpc.data.embedded import digits
 from loft_hpc.data.order import Order
-from loft_hpc.filterwise.emergence import Stopping
+from loft_hpc.filterwise.emergence import LEFT, Stopping
 from loft_hpc.jobs.stops import stopping_step
 from loft_hpc.jobs.theory import TheorySettings, check_theorem
 from loft_hpc.models.groups import filter_groups
@@ -135,8 +135,13 @@ def test_cheap_snapshots_hold_scores_alone(world, folder):
 def test_a_stopped_run_is_the_beginning_of_the_whole_one(world, folder, whole, strategy):
     complete = whole[strategy]
     distances = [event["top_distance_to_previous"] for event in complete.events("snapshot")]
-    # the first snapshot after the second that is nearer to the one before it than all earlier ones were
-    number = next(number for number in range(1, len(distances)) if distances[number] < min(distances[:number]))
+    from_initial = [event["top_distance_to_initial"] for event in complete.events("snapshot")]
+    # the first snapshot after the second that is nearer to the one before it than all earlier ones were, and has left the initial one
+    number = next(
+        number
+        for number in range(1, len(distances))
+        if distances[number] < min(distances[:number]) and from_initial[number] > min(distances[number], LEFT)
+    )
     tolerance = distances[number]
     own = {"loft": ["--local-iterations", "5"], "gpipe": ["--split", "balanced"]}.get(strategy, [])
     options = ["--strategy", strategy, *own, "--stop-when-stable", "--tolerance", repr(tolerance), "--patience", "1"]
@@ -166,7 +171,7 @@ def test_a_stopped_run_is_the_beginning_of_the_whole_one(world, folder, whole, s
 def test_an_interrupted_run_stops_where_it_would_have(world, folder, whole, strategy):
     """Patience of two: one snapshot before the interruption, one after it."""
     own = {"loft": ["--local-iterations", "5"], "gpipe": ["--split", "balanced"]}.get(strategy, [])
-    limits = ["--stop-when-stable", "--tolerance", "1", "--patience", "2"]
+    limits = ["--stop-when-stable", "--stability", "mask-distance", "--tolerance", "1", "--patience", "2"]
     path, copy = folder / f"patient-{strategy}", folder / f"resumed-{strategy}"
     stopped = pretrain(path, "--strategy", strategy, *own, *limits)
     world.barrier()
