@@ -38,7 +38,7 @@ def size(text: str) -> float:
 
 
 def factor(text: str, direction: str) -> float:
-    """How many times fewer: below 1 where it says more. `direction` is that of the first figure, said once where all have the same."""
+    """How many times fewer: below 1 where it says more. `direction`: the first figure's, said once where all have it."""
     if text in ("as many", "about as many"):
         return 1
     number, _, own = text.partition(" times ")

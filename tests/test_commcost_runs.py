@@ -1,5 +1,7 @@
-"""`loft commcost RUN...`: the sentence, the totals and the proof. The runs are made of their run.json and a ledger that fits it, of
-trainings that need no network to be trained; tests/ranks/check_commcost.py has real ones."""
+"""`loft commcost RUN...`: the sentence, the totals and the proof.
+
+The runs are made of a run.json and a ledger that fits it, without training; tests/ranks/check_commcost.py has real ones.
+"""
 
 import csv
 import io

@@ -1,6 +1,5 @@
 """What accuracies over seeds say: the verdicts of `loft check`, and whether a pretraining could have stopped earlier."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from scipy.stats import ttest_1samp
 
 from loft_hpc.analysis.statistics import mean_interval
 from loft_hpc.jobs.stops import Saved, earliest_stops, stop_sentence
+from loft_hpc.jobs.sweep import Point
 from loft_hpc.jobs.verdicts import BETTER, INCONCLUSIVE, NO_BETTER, WINNING, judge
 
 XI = 1.0
@@ -92,16 +92,6 @@ def test_intervals_are_students():
 # -- could pretraining have stopped ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Seen:
-    run: Path
-    snapshot: str
-    epoch: float
-    accuracy: float
-    label: str = "loft+4"
-    ratio: float = 0.8
-
-
 @pytest.mark.parametrize(
     ("curves", "snapshot", "says"),
     [
@@ -114,7 +104,7 @@ class Seen:
 )
 def test_the_earliest_stop(curves, snapshot, says):
     points = [
-        Seen(Path(f"run{number}"), f"epoch:{epoch}", float(epoch), value / 100)
+        Point(Path(f"run{number}"), "loft+4", f"epoch:{epoch}", float(epoch), 0.8, 0.8, value / 100, None, Path())
         for number, curve in enumerate(curves)
         for epoch, value in enumerate(curve)
     ]

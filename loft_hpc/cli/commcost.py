@@ -70,12 +70,14 @@ def command(
 ) -> None:  # fmt: skip
     """How many bytes training sends: of real runs, of any case, or in the poster's table.
 
-    With the folders of runs (loft pretrain, loft retrain): how many times fewer bytes each sent than the GPipe run among them, or than the
-    one that sent most, and their totals, counted in three ways. Of a LoFT run alone, also what GPipe and data-parallel training would have
-    sent. Their ledgers must equal the closed formulas to the byte; where one does not, the command fails.
+    With the folders of runs (loft pretrain, loft retrain): how many times fewer bytes each sent than the GPipe run
+    among them, or than the one that sent most, and their totals, counted in three ways. For a LoFT run alone, also what
+    GPipe and data-parallel training would have sent. Ledgers must equal the closed formulas to the byte; where one does
+    not, the command fails.
 
-    With options of a case: the bytes that each strategy would send over the whole training, by the formulas, and with --cluster the seconds
-    of an epoch by an alpha-beta model. With nothing: the poster's column, GPipe and LoFT, printed and by formula.
+    With options of a case: the bytes that each strategy would send over the whole training, by the formulas, and with
+    --cluster the seconds of an epoch by an alpha-beta model. With nothing: the poster's column, GPipe and LoFT, printed
+    and by formula.
 
     \b
     Examples: loft commcost runs/LOFT runs/GPIPE

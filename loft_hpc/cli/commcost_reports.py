@@ -8,12 +8,13 @@ from loft_hpc.jobs.prediction import Prediction, winners
 from loft_hpc.jobs.pretrain import PretrainSettings
 
 COLUMNS = [
-    "handed over: what the workers put into the exchanges of rounds and steps, each worker's part counted once. A paper quotes this column "
-    "and says so: the LoFT poster's table counts this way.",
+    "handed over: what the workers put into the exchanges of rounds and steps, each worker's part counted once. "
+    "A paper quotes this column and says so: the LoFT poster's table counts this way.",
     "delivered: what the workers receive from these exchanges. An all-gather brings every part to every worker, so this is more.",
     "on the wire: what the workers send over the network for them, all-reduces and all-gathers being rings (docs/communication.md).",
 ]
 """The three ways to count, for every table of this command."""
+IMAGES = "images: training images of all workers together, those of every repetition counted."
 
 
 def title(settings: PretrainSettings) -> str:
@@ -61,8 +62,11 @@ def case_report(predictions: list[Prediction], settings: PretrainSettings, clust
             }
         )
     notes = [title(settings) + "."]
-    notes += ["By the closed formulas: all workers together, over the whole training, without its start, evaluations and checkpoints."]
-    notes += [*COLUMNS, "images: training images of all workers together, those of every repetition counted."]
+    notes += [
+        "By the closed formulas: all workers together, over the whole training, without its start, evaluations and checkpoints.",
+        *COLUMNS,
+        IMAGES,
+    ]
     strategies = {prediction.strategy for prediction in predictions if not prediction.impossible}
     if "loft" in strategies and len(strategies) > 1 and not settings.loft.shard_data:
         notes += [
@@ -122,7 +126,8 @@ def poster_report(rows: list[PosterRow]) -> Report:
     ]
     notes += [
         f"{row.cell.setting.model} on {row.cell.setting.dataset}, {row.cell.workers} workers: cuts after blocks "
-        f"{', '.join(map(str, row.cell.setting.cuts[row.cell.workers]))} fit; after the stages it would be {_gigabytes(row.gpipe_at_stages_gigabytes)}."
+        f"{', '.join(map(str, row.cell.setting.cuts[row.cell.workers]))} fit; after the stages it would be "
+        f"{_gigabytes(row.gpipe_at_stages_gigabytes)}."
         for row in rows
         if row.gpipe_at_stages_gigabytes != row.gpipe_gigabytes
     ]

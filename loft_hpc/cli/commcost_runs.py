@@ -1,11 +1,11 @@
-"""What `loft commcost RUN...` prints: one sentence with the ratio, the runs' totals, and (--verify) their ledgers beside the formulas."""
+"""What `loft commcost RUN...` prints: one sentence with the ratio, the runs' totals, and (--verify) their ledgers."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from loft_hpc.cli.commcost_reports import COLUMNS
+from loft_hpc.cli.commcost_reports import COLUMNS, IMAGES
 from loft_hpc.cli.context import Report, table
 from loft_hpc.cli.units import bytes_text, times_text
 from loft_hpc.jobs.commcost import COUNTED, LedgerRow, RunCost, Totals
@@ -16,7 +16,7 @@ NAMES = {"loft": "LoFT", "gpipe": "GPipe", "data-parallel": "data-parallel train
 
 
 def run_report(costs: Sequence[RunCost], verify: bool, format: str) -> str:
-    """Runs as text. `verify`: the rows of their ledgers too; in csv and latex, which hold one table, in place of the totals."""
+    """Runs as text. `verify`: the rows of their ledgers too; in place of the totals in csv and latex, which hold one table."""
     proof = _proof(costs)
     if verify and format != "table":
         return proof.printed(format)
@@ -33,7 +33,7 @@ def run_records(costs: Sequence[RunCost]) -> dict[str, list[dict]]:
     }
 
 
-# -- sentences ------------------------------------------------------------------------------------------------------------
+# -- sentences ----------------------------------------------------------------------------------------------------
 
 
 def answers(costs: Sequence[RunCost]) -> list[str]:
@@ -102,14 +102,15 @@ def _alone(cost: RunCost) -> str:
 
 def _than(one: Baseline) -> str:
     fewer = _fewer(one.handed_over_ratio)
-    return f"{fewer} {'than' if fewer.endswith(FEWER) else 'as'} {NAMES[one.strategy]}'s {bytes_text(one.totals.handed_over_bytes)}"
+    joined = "than" if fewer.endswith(FEWER) else "as"
+    return f"{fewer} {joined} {NAMES[one.strategy]}'s {bytes_text(one.totals.handed_over_bytes)}"
 
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-# -- tables ---------------------------------------------------------------------------------------------------------------
+# -- tables -------------------------------------------------------------------------------------------------------
 
 
 def _totals(costs: Sequence[RunCost]) -> Report:
@@ -128,14 +129,13 @@ def _totals(costs: Sequence[RunCost]) -> Report:
         for one in ratios(costs)
         for name, mine, theirs in one.other_differences
     ]
-    notes += [
-        f"Predicted by the closed formula: {NAMES[one.strategy]} {one.how}." for one in (baselines(costs[0]) if len(costs) == 1 else [])
-    ]
+    if len(costs) == 1:
+        notes += [f"Predicted by the closed formula: {NAMES[one.strategy]} {one.how}." for one in baselines(costs[0])]
     wrong = [str(cost.path) for cost in costs if not cost.equal]
     notes += [
         *COLUMNS,
         "besides: delivered at the start, for evaluations, snapshots and checkpoints; in no other column.",
-        "images: training images of all workers together, those of every repetition counted; per image: bytes handed over for each.",
+        f"{IMAGES} per image: bytes handed over for each.",
         f"NOT equal to the closed formula, so not to be quoted: the ledger of {', '.join(wrong)}."
         if wrong
         else "Every ledger equals the closed formula to the byte (--verify prints it row by row).",

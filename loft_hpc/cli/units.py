@@ -6,7 +6,7 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 def bytes_text(size: float, unit: str | None = None, decimals: int = 2) -> str:
     """Bytes with three significant digits in the decimal unit that fits: 999 B, 1.00 kB, 23.5 MB, 1,234 TB.
 
-    With `unit`, one of `UNITS`, in that one with so many `decimals`, for columns that are set beside somebody's figures.
+    With `unit`, one of `UNITS`, in that one with so many `decimals`: for columns that stand beside somebody's figures.
     """
     power = UNITS.index(unit) if unit else 0
     value = size / 1000**power

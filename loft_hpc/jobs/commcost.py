@@ -138,9 +138,10 @@ class RunCost:
         if wrong:
             (row, name), more = wrong[0], len(wrong) - 1
             raise LoftError(
-                f"the ledger of {self.path} does not equal the closed formula: {row.operation} {row.purpose} has {getattr(row.ledger, name):,} "
-                f"{name}, by the formula {getattr(row.formula, name):,}{f' ({more} more differ)' if more else ''}. Restore its run.json and "
-                "ledger.json; where nobody changed them, quote none of its bytes (--verify shows every row)"
+                f"the ledger of {self.path} does not equal the closed formula: {row.operation} {row.purpose} has "
+                f"{getattr(row.ledger, name):,} {name}, by the formula {getattr(row.formula, name):,}"
+                f"{f' ({more} more differ)' if more else ''}. Restore its run.json and ledger.json; where nobody changed "
+                "them, quote none of its bytes (--verify shows every row)"
             )
 
 

@@ -109,7 +109,8 @@ def retrainings_of(run: Run) -> Iterator[Run]:
             if found.description.get("status") != "done" or not isinstance(ticket.get("path"), str):
                 continue
             if home in file.parents or Path(ticket["path"]).resolve().parent.parent == home:
-                found.accuracy, start_of(found), recipe_of(found)
+                # whatever is missing of these raises, and a broken run is passed over
+                _ = found.accuracy, start_of(found), recipe_of(found)
                 yield found
         except (LoftError, OSError, ValueError, RuntimeError):
             continue
@@ -150,7 +151,7 @@ def dense_command(run: Run) -> str:
     rewind = {TRAINED: "none", INITIAL: "init"}.get(start, start)
     given = flatten(settings) | {"rewind": rewind}
     usual = flatten(RetrainSettings())
-    left = {*CHANGEABLE, *flatten(settings.data), "transfer", "restarts", "snapshot_every", "snapshot_tensors"}
+    left = {*CHANGEABLE, *flatten(settings.data), "transfer", "restarts", "evaluate_every", "snapshot_every", "snapshot_tensors"}
     options = [
         f"{option_of(name)} {item}" if not isinstance(item, bool) else option_of(name)
         for name, value in given.items()

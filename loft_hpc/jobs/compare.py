@@ -219,7 +219,7 @@ def _budget(entry: _Entry) -> str:
     """Start and training in words."""
     settings = from_json(RetrainSettings if entry.start else PretrainSettings, entry.run.configuration)
     ranks = entry.run.required("world_size", int)
-    said = f"{settings.epochs} epochs at learning rate {settings.optimisation.lr:g}, {ranks} rank{'s' * (ranks > 1)}"
+    said = f"{settings.epochs} epoch{'s' * (settings.epochs > 1)} at learning rate {settings.optimisation.lr:g}, {ranks} rank{'s' * (ranks > 1)}"
     return f"retrained from {start_text(entry.start)}, {said}" if entry.start else f"pretrained, {said}"
 
 

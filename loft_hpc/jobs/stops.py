@@ -3,27 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from loft_hpc.analysis.statistics import mean_interval
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.emergence import LEFT, Emergence, Stopping
 from loft_hpc.jobs.cost import cost_of
 from loft_hpc.jobs.pretrain import settings_of
+from loft_hpc.jobs.sweep import Point
 from loft_hpc.jsontext import finite_or_none
 from loft_hpc.runs.run import Run
 
 NEAR = 1.0
 """Percentage points that make no difference between two tickets, as `loft check` has it by default."""
-
-
-class Point(Protocol):
-    run: Path
-    label: str
-    snapshot: str
-    epoch: float
-    ratio: float
-    accuracy: float
 
 
 @dataclass(frozen=True)

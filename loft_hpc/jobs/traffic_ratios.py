@@ -1,4 +1,4 @@
-"""`loft commcost RUN...`: how many times fewer bytes a run sent than another one, and what other strategies would have sent."""
+"""`loft commcost RUN...`: how many times fewer bytes a run sent than another, and what others would have sent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Ratios:
 
     @property
     def handed_over(self) -> float | None:
-        """The reference's bytes over the run's: above 1 where the run handed over fewer. None where either handed over none."""
+        """The reference's bytes over the run's: above 1 where the run handed over fewer. None where either did none."""
         return _quotient(self.reference.totals.handed_over_bytes, self.run.totals.handed_over_bytes)
 
     @property
@@ -56,8 +56,9 @@ def _quotient(reference: int, own: int) -> float | None:
 
 
 def reference_among(costs: Sequence[RunCost]) -> RunCost:
-    """The run that the others are compared with: the GPipe baseline where one is among them, else the one that handed over most."""
-    return max([cost for cost in costs if cost.strategy == "gpipe"] or costs, key=lambda cost: cost.totals.handed_over_bytes)
+    """The run that others are compared with: the GPipe baseline where there is one, else the run that handed over most."""
+    baseline = [cost for cost in costs if cost.strategy == "gpipe"]
+    return max(baseline or costs, key=lambda cost: cost.totals.handed_over_bytes)
 
 
 def ratios(costs: Sequence[RunCost]) -> list[Ratios]:
@@ -68,7 +69,7 @@ def ratios(costs: Sequence[RunCost]) -> list[Ratios]:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What another strategy would have sent for a run's images, on as many workers: predicted by the closed formula, not measured."""
+    """What another strategy would have sent for a run's images on as many workers, by the closed formula."""
 
     strategy: str
     totals: Totals
@@ -79,10 +80,10 @@ class Baseline:
 
 
 def baselines(cost: RunCost) -> list[Baseline]:
-    """GPipe and data-parallel training in place of a LoFT run; nothing for other runs, and without GPipe where it has no such stages.
+    """GPipe and data-parallel training in place of a LoFT run; nothing for other runs, and no GPipe where it cannot be cut.
 
-    A pipeline's bytes depend on its images alone. Data-parallel training exchanges at every step, so its batch counts: the images that
-    all workers together took in a step of the run.
+    A pipeline's bytes depend on its images alone. Data-parallel training exchanges at every step, so its batch counts:
+    the images that all workers together took in a step of the run.
     """
     if cost.strategy != "loft" or cost.workers == 1:
         return []
@@ -100,4 +101,5 @@ def baselines(cost: RunCost) -> list[Baseline]:
         found.append(baseline("gpipe", pipeline_step(crossing, cost.images, 1), how))
         break
     steps = [flow.times(cost.steps) for flow in data_parallel_step(cost.parameters, cost.workers)]
-    return [*found, baseline("data-parallel", steps, f"in steps of {cost.images // cost.steps:,} images of all workers together")]
+    how = f"in steps of {cost.images // cost.steps:,} images of all workers together"
+    return [*found, baseline("data-parallel", steps, how)]

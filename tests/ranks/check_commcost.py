@@ -12,7 +12,7 @@ from loft_hpc.runs.run import Run
 
 from sentences import check_sentence, exchanged
 
-SIZES = (2, 3)
+SIZES = (3, 4)
 SMALL = [
     "--model",
     "resnet20",

@@ -285,7 +285,7 @@ def test_comparisons(world, source, tmp_path, capfd):
     assert run(["compare", str(source / "tickets" / "compared"), "--repetitions", "2", "--no-energy", "--no-robustness"]) == 0
     world.barrier()
     if world.rank == 0:
-        assert "retrained from the trained weights, 1 epochs" in capfd.readouterr().out
+        assert "retrained from the trained weights, 1 epoch at" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
