@@ -272,8 +272,12 @@ def test_a_retraining_is_planned_as_it_would_be_done(capsys, trained, tmp_path, 
     assert sorted(trained.rglob("*")) == before and not list(tmp_path.iterdir())
     masked = dry(capsys, "retrain", str(trained / "tickets" / "magnitude-weights-0.9"), "--workers", "2")
     assert masked["memory"][0]["mask_bytes"] == 4 * masked["parameters"]
-    parts = dry(capsys, "retrain", str(ticket), "--workers", "2", "--batch-size", "48", "--batch-parts", "4")
-    assert parts["memory"][0]["input_batch_bytes"] == 24 * (4 * 64 + 8)
+    halves, quarters = (
+        dry(capsys, "retrain", str(ticket), "--workers", "2", "--batch-size", "48", "--batch-parts", parts)["memory"][0]
+        for parts in ("2", "4")
+    )
+    assert quarters["input_batch_bytes"] == halves["input_batch_bytes"] == 24 * (4 * 64 + 8)
+    assert quarters["activations_bytes"] < 0.6 * halves["activations_bytes"]  # its two parts, one after the other
 
 
 @pytest.mark.parametrize(

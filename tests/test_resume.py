@@ -20,6 +20,7 @@ OTHER = {
     "checkpoint_every": "3it", "warmup": "1it", "snapshot_every": "2it", "rewind": "init", "split": "balanced", "tolerance": "0.5",
     "patience": "3", "widen": "0.5", "image_size": "16", "rounds": "3", "batch_parts": "2", "milestones": "0.25", "stall_seconds": "100",
     "evaluation_batch": "90", "momentum": "0.5", "leave_out": "list", "weights": "weights.safetensors",
+    "loader_workers": "1",
 }  # fmt: skip
 
 
