@@ -15,4 +15,4 @@ class LoftError(Exception):
 
 
 class Interrupted(Exception):
-    """All ranks were told to end (a signal), and have written a checkpoint to go on from."""
+    """All ranks were preempted (a signal), and have written a checkpoint to go on from."""

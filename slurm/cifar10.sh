@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The poster's row PreResNet-34 CIFAR-10: pretraining, tickets, and each of them retrained.
-# sbatch slurm/cifar10.sh, in the checkout. It goes on by itself after a preemption or a time limit. Variables: docs/clusters.md
+# sbatch slurm/cifar10.sh, in the checkout. It resumes by itself after a preemption or a time limit. Variables: docs/clusters.md
 #SBATCH --job-name=loft-cifar10
 #SBATCH --nodes=1
 #SBATCH --ntasks=4

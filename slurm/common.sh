@@ -56,13 +56,13 @@ check_gpus() {
 requeue() {
     # TERM makes ranks leave with 85 as well. Where it came from scancel or a time limit, nobody wants the job back.
     if [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
-        echo "slurm: told to end; job $SLURM_JOB_ID goes back into the queue, and on from where it is"
+        echo "slurm: preempted; job $SLURM_JOB_ID is requeued and resumes from its checkpoint"
         scontrol requeue "$SLURM_JOB_ID"
     fi
     exit 85
 }
 
-# Runs a command and returns its exit code. Never returns once the job was told to end: then the job goes back into the queue.
+# Runs a command and returns its exit code. Never returns once the job was preempted: then the job is requeued.
 step() {
     local code heard
     [ "$warnings" = 0 ] || requeue

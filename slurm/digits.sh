@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A first job on a new cluster, 10 epochs on digits without a GPU: pretraining, tickets, and each of them retrained.
-# sbatch slurm/digits.sh, in the checkout. It goes on by itself after a preemption or a time limit. Variables: docs/clusters.md
+# sbatch slurm/digits.sh, in the checkout. It resumes by itself after a preemption or a time limit. Variables: docs/clusters.md
 #SBATCH --job-name=loft-digits
 #SBATCH --nodes=1
 #SBATCH --ntasks=4

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The recipe of imagenet.sh over N nodes with G GPUs each, a rank for every GPU: 4 x 4 here. docs/clusters.md explains each line.
-# sbatch slurm/imagenet-nodes.sh, in the checkout. It goes on by itself after a preemption or a time limit. Variables: docs/clusters.md
+# sbatch slurm/imagenet-nodes.sh, in the checkout. It resumes by itself after a preemption or a time limit. Variables: docs/clusters.md
 #SBATCH --job-name=loft-imagenet-nodes
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=4

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The poster's row PreResNet-18 ImageNet: pretraining, tickets, and each of them retrained.
-# sbatch slurm/imagenet.sh, in the checkout. It goes on by itself after a preemption or a time limit. Variables: docs/clusters.md
+# sbatch slurm/imagenet.sh, in the checkout. It resumes by itself after a preemption or a time limit. Variables: docs/clusters.md
 #SBATCH --job-name=loft-imagenet
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

@@ -1,4 +1,4 @@
-"""Jobs that are told to end, run twice, or go on with other ranks: under real mpirun."""
+"""Jobs that are preempted, run twice, or go on with other ranks: under real mpirun."""
 
 import json
 import os

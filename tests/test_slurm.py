@@ -177,7 +177,7 @@ def test_a_termination_of_the_ranks_alone_makes_a_requeue_under_srun(cluster, ch
 def test_a_job_near_its_time_limit_goes_back_into_the_queue(cluster, checkout):
     """Slurm looks at limits every half minute: it warns within the minute that is the limit here, or half of one after it."""
     job = submit(cluster, checkout, "--time=1", "--signal=B:USR1@50", LOFT_OPTIONS="--widen 1 --epochs 500")
-    job.wait("warning", lambda: "told to end" in job.output or job.state in ENDED)
+    job.wait("warning", lambda: "preempted" in job.output or job.state in ENDED)
     job.wait_for_state("PENDING", *ENDED)
     assert job.state == "PENDING" and job.fields["Restarts"] == "1"
     assert read_json(run_of(checkout, job) / "run.json")["status"] == "interrupted"

@@ -102,7 +102,7 @@ def test_transfer_makes_the_classifier_anew(folder, tmp_path, kind):
     for rewind in ("none", "init"):
         path = tmp_path / rewind
         told = run("retrain", ticket, *SHORT, *there, "--rewind", rewind, "--run", path, "--seed", "3")
-        assert told.code == 0 and "note: the classifier is drawn anew: 3 classes in place of 2, with ape" in told.out, told
+        assert told.code == 0 and "note: the classifier is initialised anew: 3 classes in place of 2, with ape" in told.out, told
     made, body = read_tensors(path / "snapshots/epoch-000.safetensors"), read_tensors(folder / "run/snapshots/epoch-000.safetensors")
     assert made["fc.weight"].shape == (3, 64) and made["fc.weight"].ne(0).all()  # no mask of the old classifier is on it
     assert torch.equal(made["bn1.weight"], body["bn1.weight"])

@@ -17,7 +17,7 @@ COMMANDS = {
     "export": "A network as a file that others run: torch.export, ONNX, safetensors.",
     "commcost": "The communication-cost report.",
     "plan": "What a job script would take: hours, GPU-hours and bytes.",
-    "doctor": "What is installed, what is missing, how to mend it.",
+    "doctor": "What is installed, what is missing, how to fix it.",
 }
 
 TRAININGS = ("pretrain", "prune", "retrain", "check", "sweep")

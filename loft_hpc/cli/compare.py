@@ -8,6 +8,7 @@ import click
 from loft_hpc.cli.context import Job, Report, table
 from loft_hpc.cli.measuring import NO_TRAINING_MEMORY, measure_options, measure_settings
 from loft_hpc.cli.options import device_option, fill, plot_option, reading_options
+from loft_hpc.cli.units import bytes_text
 from loft_hpc.data.registry import Reading
 from loft_hpc.jobs.compare import Contender, compare, to_fields
 
@@ -46,12 +47,13 @@ def command(context: click.Context, runs: tuple[str, ...], plot: Path | None, de
         job.once(lambda: plot_tickets(contenders, plot))
     records = [to_fields(one, settings.carbon_intensity) for one in contenders]
     header = [
-        "method", "kind", "density", "FLOPs", "accuracy, %", "runs", "against dense, points", "images seen", "epochs to find", "GB sent to find",
+        "method", "kind", "density", "FLOPs", "accuracy, %", "runs", "against dense, points", "images seen", "epochs to find", "handed over to find",
         "speed-up", "training memory", "energy saved", "FGSM, %", "PGD, %", "corrupted, %",
     ]  # fmt: skip
     notes = [
         "density: parameters that stay; FLOPs: share of the dense network's, a multiply-add counting 2, weights that are masked left out",
         "images seen: by the weights, in pretraining and retraining, of all workers together; epochs to find: of all workers together",
+        "handed over to find: bytes that the ranks handed over for sending (loft commcost has the other counts)",
         f"intervals: 95 %, Student; speed-up: latency of {settings.latency_batch} images, dense over ticket",
     ]
     if settings.latency_batch < 2:
@@ -99,7 +101,7 @@ def _row(one: Contender) -> list[str]:
         "" if one.kind == "dense" else interval(fields["against_dense_points"], fields["against_dense_half_width_points"], "{:+.2f}"),
         "" if one.images is None else f"{one.images:,}",
         f"{one.cost.epochs:.1f}",
-        f"{one.cost.payload_bytes / 1e9:.2f}",
+        bytes_text(one.cost.payload_bytes),
         f"{fields['speedup']:.2f}x",
         "" if fields["training_memory_share"] is None else f"{per_cent(fields['training_memory_share'])} %",
         "" if fields["energy_saved_share"] is None else f"{per_cent(fields['energy_saved_share'])} %",

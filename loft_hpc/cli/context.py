@@ -25,7 +25,7 @@ class Job:
     def __init__(self, interruption: Interruption) -> None:
         self.started_world: World | None = None
         self.interruption = interruption
-        """Whether the job was told to end; a training looks at it."""
+        """Whether the job was preempted; a training looks at it."""
 
     @property
     def world(self) -> World:

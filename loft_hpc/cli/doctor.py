@@ -42,7 +42,7 @@ def command(
     context: click.Context, data_dir: str, dataset: str | None, leave_out: tuple[str, ...], every_image: bool, broken_path: str | None,
     loader_workers: int | None, format: str,
 ) -> None:  # fmt: skip
-    """Say what is installed and what is missing, each with what mends it, and which data can be read.
+    """Say what is installed and what is missing, each with what fixes it, and which data can be read.
 
     Exit code 1 if training cannot run, or if data are broken.
 

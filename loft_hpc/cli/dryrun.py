@@ -73,7 +73,7 @@ def wants_plan(context: click.Context) -> bool:
         if context.params["resume"]:
             raise click.UsageError("--dry-run plans a training from its first step: omit --resume")
         if context.params["extend_to"] is not None:
-            raise click.UsageError("--extend-to goes on with a finished run: omit --dry-run")
+            raise click.UsageError("--extend-to continues a finished run: omit --dry-run")
         return True
     strange = sorted(typed(context) & {"workers", "cluster_name", "classes", "images"})
     if strange:
@@ -359,7 +359,7 @@ def _notes(planned: Planned) -> list[str]:
     if planned.assumed:
         notes.append("Planned for 1 rank, which is how many were launched: --workers S plans for S.")
     if settings.strategy == "loft" and settings.loft.exchange == "alltoall" and made.workers > 1:
-        notes.append("What an all-to-all carries depends on the deals: its average.")
+        notes.append("What an all-to-all carries depends on how the filters are partitioned: its mean.")
     which = "every stage" if settings.strategy == "gpipe" else "rank 0, which no other exceeds"
     notes.append(
         f"Memory: of {which}, computing on {_device(made)}; float32 where no type is named. The total holds "

@@ -27,7 +27,7 @@ LINE_ARRIVES_SECONDS = 0.5
 """How long a line may take to the launcher, which after an abort reads no more."""
 
 INTERRUPTED = 85
-"""Exit code of a training that was told to end and can go on: slurm/*.sh make a requeue of it (Slurm's RequeueExit, by custom)."""
+"""Exit code of a training that was preempted and can go on: slurm/*.sh make a requeue of it (Slurm's RequeueExit, by custom)."""
 
 SIGPIPE = 128 + signal.SIGPIPE
 """Exit code of a command whose reader went before its end, as the shell says it of every other program."""
@@ -95,7 +95,7 @@ def _code_without_reader(code: int, problem: OSError, trained: bool) -> int:
 
 
 def run(arguments: list[str], interruption: Interruption | None = None) -> int:
-    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 85 told to end and ready to go on.
+    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 85 preempted and ready to go on.
 
     `interruption` notes signals already; without one, a training notes them for its own length.
     """
@@ -125,7 +125,7 @@ def run(arguments: list[str], interruption: Interruption | None = None) -> int:
         return _fail(job, _line(what_is_missing(problem)), 1)
     except OSError as problem:
         where = f"{problem.filename}: " if problem.filename else ""
-        return _fail(job, _line(f"{where}{problem.strerror or problem}: mend the path, its permissions or the space on its disk"), 1)
+        return _fail(job, _line(f"{where}{problem.strerror or problem}: fix the path, its permissions or the space on its disk"), 1)
     except (KeyboardInterrupt, click.Abort):
         return _fail(job, "interrupted", 1)
     except Exception as problem:

@@ -180,7 +180,7 @@ def snapshot_options(every: str = default(Snapshots, "snapshot_every")) -> Decor
 checkpoint_options = several(
     option(
         Checkpointing, "checkpoint_every",
-        "Between two checkpoints: 1ep, 200it (steps of a worker), or 0 for none but at the end and when told to end.", metavar="INTERVAL",
+        "Between two checkpoints: 1ep, 200it (steps of a worker), or 0 for none but at the end and when preempted.", metavar="INTERVAL",
     ),
     option(Checkpointing, "keep_checkpoints", "Checkpoints that are kept.", type=int),
 )  # fmt: skip

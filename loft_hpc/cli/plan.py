@@ -64,7 +64,10 @@ class _Stages:
         prunings = prunings_of(context.params["ratios"], context.params)
         self._drawn = (prunings, context.params["blocks"])
         self.stages.append(pruning_stage(self._pretrained, *self._drawn, self._workers, self._cluster))
-        if getattr(prunings[0].options, "scope", "layer") == "global":
+        dense = self._pretrained.network
+        if any(pruning.finder.shallower(pruning.ratio, dense) != dense for pruning in prunings):
+            self.notes.append("Tickets: as if all blocks had the same score; which ones go, their scores will decide.")
+        elif getattr(prunings[0].options, "scope", "layer") == "global":
             self.notes.append("Tickets: as if every block kept the same share, which one ranking over all will decide.")
 
     def _retrain(self, context: click.Context) -> None:

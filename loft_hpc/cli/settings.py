@@ -18,14 +18,14 @@ def for_run(given: Settings, kind: str, typed: set[str], path: Path | None, resu
     LoftError if one of the options that were `typed` contradicts the run, and where the run cannot be extended.
     """
     if extend_to is not None and not resume:
-        raise LoftError("--extend-to goes on with a finished run: give --run and --resume with it", usage=True)
+        raise LoftError("--extend-to continues a finished run: give --run and --resume with it", usage=True)
     if not resume:
         return given
     if path is None:
         raise LoftError("--resume needs --run: name the folder of the run to go on with", usage=True)
     if not (path / "run.json").exists():
         if extend_to is not None:
-            raise LoftError(f"--extend-to goes on with a finished run, and {path} is none: omit the option to start one", usage=True)
+            raise LoftError(f"--extend-to continues a finished run, and {path} is none: omit the option to start one", usage=True)
         return given
     run = Run.open(path)
     if run.description.get("kind") != kind:

@@ -19,16 +19,16 @@ def _several(name: str, help: str) -> Any:
 
 @click.command("theory")
 @_several("filters", "Hidden filters m of the network (repeat for more).")
-@_several("workers", "Workers S that LoFT deals them to (repeat for more).")
+@_several("workers", "Workers S that the filters are partitioned over (repeat for more).")
 @option(TheorySettings, "images", "Images n, of digits.", type=int)
 @option(TheorySettings, "patch_size", "Pixels per side of a patch.", type=int)
 @option(TheorySettings, "steps", "Steps T of both trajectories.", type=int)
 @option(TheorySettings, "eta", "Step size.  [default: 0.5 / the largest eigenvalue of the kernel]", type=float)
-@option(TheorySettings, "local_iterations", "Steps between two deals.", type=int)
+@option(TheorySettings, "local_iterations", "Steps between two partitions.", type=int)
 @option(TheorySettings, "kappa", "Standard deviation of the initial filters.", type=float)
 @option(TheorySettings, "starts", "Initialisations, for the error bars.", type=int)
-@option(TheorySettings, "deals", "Sequences of deals that each is averaged over.", type=int)
-@option(TheorySettings, "seed", "Decides initialisations and deals.", type=int)
+@option(TheorySettings, "deals", "Sequences of partitions that each start is averaged over.", type=int)
+@option(TheorySettings, "seed", "Decides initialisations and partitions.", type=int)
 @plot_option("spread, drift and outputs over m, for every S above 1.")
 @click.option(
     "--format", type=click.Choice(["table", "json", "csv", "latex"]), default="table", show_default=True, help="How results are printed."

@@ -23,8 +23,8 @@ ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 ADVICE = {
     errno.ELOOP: "remove that loop of links",
-    errno.EACCES: "mend its permissions",
-    errno.EPERM: "mend its permissions",
+    errno.EACCES: "fix its permissions",
+    errno.EPERM: "fix its permissions",
     errno.EINVAL: "remove it, or put there what its name says",
 }
 

@@ -53,7 +53,7 @@ class Images(Dataset):
         if isinstance(image, str):
             name = index.names[number]
             return (
-                f"the image {self._folder / name} cannot be read ({image}): restore it, and --resume goes on with a training; "
+                f"the image {self._folder / name} cannot be read ({image}): restore it, and --resume continues a training; "
                 f"or start anew with --leave-out FILE, a list that holds the line {to_line(name)}"
             )
         if place is None:

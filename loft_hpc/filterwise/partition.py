@@ -17,7 +17,7 @@ Deal = list[dict[str, Tensor]]
 def check_workers(groups: Sequence[FilterGroup], workers: int) -> None:
     """Raises LoftError if some worker would hold no filter of a group, or if there is nothing to deal."""
     if not groups:
-        raise LoftError("this model has no blocks that the partition rule deals: use --partition all-blocks")
+        raise LoftError("this model has no blocks that this rule partitions: use --partition all-blocks")
     narrowest = min(groups, key=lambda group: group.width)
     if workers > narrowest.width:
         raise LoftError(f"{workers} ranks cannot share the {narrowest.width} filters of {narrowest.name}: start at most {narrowest.width}")

@@ -100,7 +100,7 @@ def check(
 
     Every training is one rank's, all ranks train side by side. What is done is not done again: trainings are kept under TICKET/checks, and
     one that was interrupted goes on. Raises LoftError where the ticket's run is not at hand, or where a training failed (the others are
-    done first), and Interrupted on all ranks where one was told to end.
+    done first), and Interrupted on all ranks where one was preempted.
     """
     ticket = Ticket.read(path)
     world.on_root(lambda: refuse_links_outside(path))
@@ -131,7 +131,7 @@ def check(
     world.wait_quietly()
     parts = world.gather_objects((mine, failures, told))
     if any(part[2] for part in parts):
-        raise Interrupted(f"{path}: told to end; what is trained is kept")
+        raise Interrupted(f"{path}: preempted; what is trained is kept")
     for _, problems, _ in parts:
         if problems:
             raise LoftError(f"{problems[0]} (what is trained is kept in {path / 'checks' / settings.name})")

@@ -162,9 +162,7 @@ def run_cost(path: Path) -> RunCost:
     if len(ledgers) != workers:
         raise LoftError(f"{path / 'ledger.json'} holds {len(ledgers)} ledgers for {workers} ranks: restore it")
     if run.other_sizes:
-        raise LoftError(
-            f"{path} went on with other numbers of ranks than it began with: no formula covers that; its bytes are in ledger.json"
-        )
+        raise LoftError(f"{path} was resumed with another number of ranks: no formula covers that; its bytes are in ledger.json")
     strategy = settings.strategy if settings else "retrain"
     points = steps // settings.loft.local_iterations if strategy == "loft" else steps
     if strategy in ("loft", "gpipe") and workers > 1 and points > MOST_POINTS:

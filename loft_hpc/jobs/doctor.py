@@ -1,4 +1,4 @@
-"""`loft doctor`: what is installed, what is missing, which data can be read, and what mends it."""
+"""`loft doctor`: what is installed, what is missing, which data can be read, and what fixes it."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class RetrainSettings:
     """Parts that every batch is computed in, whatever the number of ranks; None for one for each rank."""
     seed: int = 0
     transfer: bool = False
-    """Whether `data` may be other ones than the ticket was found on: the classifier is drawn anew where the classes differ."""
+    """Whether `data` may be other ones than the ticket was found on: the classifier is initialised anew where the classes differ."""
     new_classifier: bool = False
     """Whether it is drawn anew in any case."""
     data: DataSettings = field(default_factory=DataSettings)
@@ -138,7 +138,7 @@ def _start(ticket: Ticket, settings: RetrainSettings, info: DataInfo) -> _Start:
     parameters = parameters | new_classifier(network, seeds.derive(settings.seed, "init", 2))
     if mask is not None:
         mask = {name: kept for name, kept in mask.items() if not name.startswith(CLASSIFIER)}
-    return _Start(network, dense, parameters, mask, why, f"the classifier is drawn anew: {why}")
+    return _Start(network, dense, parameters, mask, why, f"the classifier is initialised anew: {why}")
 
 
 def retrain(

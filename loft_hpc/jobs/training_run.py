@@ -154,7 +154,7 @@ def train_into(
 ) -> Outcome:  # fmt: skip
     """Train to the end and leave a complete run. Collective. A run that is gone on with starts from its newest checkpoint.
 
-    With `stopping`, the filters' rankings are followed, and the training may end when they stand still.
+    With `stopping`, the filters' rankings are followed, and the training may end when they are stable.
     """
     lock = RunLock(where.path)
     if workplace.note:

@@ -134,7 +134,7 @@ class Run:
                 (self.path / name).unlink(missing_ok=True)
 
     def interrupt(self, step: int) -> None:
-        """Record that the run was told to end, with a checkpoint after `step` to go on from."""
+        """Record that the run was preempted, with a checkpoint after `step` to go on from."""
         self._update(status="interrupted", ended=_now(), interrupted_at_step=step)
 
     def finish(self, status: str, results: Mapping[str, Any] | None = None) -> None:
@@ -200,7 +200,7 @@ class Run:
 
     @property
     def interrupted_at_steps(self) -> list[int]:
-        """Steps after which a finished run wrote a checkpoint because it was told to end."""
+        """Steps after which a finished run wrote a checkpoint because it was preempted."""
         steps = (self.description.get("results") or {}).get("interrupted_at_steps", [])
         return [step for step in steps if type(step) is int] if isinstance(steps, list) else []
 

@@ -1,4 +1,4 @@
-"""Being told to end: a scheduler's warning reaches the ranks as a signal, at different moments, and all of them must stop at one step."""
+"""Preemption: a scheduler's warning reaches the ranks as a signal, at different moments, and all of them must stop at one step."""
 
 import signal
 from types import FrameType

@@ -69,12 +69,12 @@ class Session:
         self._stretch = Stretch(0)
         self._clock = Clock()
         self._interrupted_at: list[int] = []
-        """Steps after which a checkpoint was written because the run was told to end."""
+        """Steps after which a checkpoint was written because the run was preempted."""
 
     def run(self, checkpoint: Checkpoint | None = None) -> Outcome:
         """Train, from the beginning or from a checkpoint. Collective.
 
-        Raises Interrupted where the ranks were told to end, and LoftError where the loss is no finite number any more or the ranks disagree.
+        Raises Interrupted where the ranks were preempted, and LoftError where the loss is no finite number any more or the ranks disagree.
         """
         with self._run.failures_recorded() if self._run else nullcontext(), self._watchdog:
             if checkpoint:
@@ -156,7 +156,7 @@ class Session:
         self._record_leg()
         if self._run:
             self._run.interrupt(self._step)
-        raise Interrupted(f"{self._path}: told to end, checkpoint written after step {self._step}")
+        raise Interrupted(f"{self._path}: preempted, checkpoint written after step {self._step}")
 
     def _snapshot(self, last: bool) -> bool:
         """Record the filters' scores, and the full network where it is asked for; whether the observer wants to stop here.

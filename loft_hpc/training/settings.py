@@ -104,10 +104,10 @@ class Snapshots:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """When everything is written down that a run goes on from, besides the end and being told to end. What is learnt does not depend on it."""
+    """When everything is written down that a run goes on from, besides the end and preemption. What is learnt does not depend on it."""
 
     checkpoint_every: str = "1ep"
-    """Between two checkpoints, as in `1ep` or `200it`; `0` for none but at the end and when told to end. Where a worker's shared
+    """Between two checkpoints, as in `1ep` or `200it`; `0` for none but at the end and when preempted. Where a worker's shared
     parameters are its own for some rounds, the next round that averages them."""
     keep_checkpoints: int = 2
     """How many are kept: the newest, and earlier ones to fall back on."""

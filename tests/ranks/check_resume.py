@@ -115,7 +115,7 @@ def test_one_rank_told_to_end_ends_all_at_one_step(world, folder, monkeypatch, c
     assert description["status"] == "interrupted" and step < at < 22
     assert sorted((path / "checkpoints").iterdir())[-1].name == f"{at:06d}"
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loft: ")]
-    assert told == ([f"loft: {path}: told to end, checkpoint written after step {at}; go on with --resume"] if world.rank == 0 else [])
+    assert told == ([f"loft: {path}: preempted, checkpoint written after step {at}; go on with --resume"] if world.rank == 0 else [])
     assert run(["pretrain", "--run", str(path), "--resume"]) == 0
     world.barrier()
     same(whole(world, folder, strategy), path)

@@ -297,7 +297,7 @@ def test_comparisons(world, source, tmp_path, capfd):
         (("--method", "imp", "--rewind-to", "7it"), 1, "to rewind to"),
         (("--method", "imp", "--rewind-to", "1ep", "--search-epochs", "1"), 1, "leaves nothing"),
         (("--method", "imp", "--ratio", "0.000001"), 1, "removes none"),
-        (("--method", "early-bird"), 1, "do not stand still"),
+        (("--method", "early-bird"), 1, "are not stable"),
         (("--method", "bn-scale", "--at", "init"), 1, "all BatchNorm scales are alike"),
         (("--unit", "weights", "--ratio", "0.99999", "--scope", "global"), 1, "would vanish"),
         (("--method", "random", "--criterion", "l2"), 2, "belongs to --method"),

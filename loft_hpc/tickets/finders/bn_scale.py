@@ -55,7 +55,7 @@ def bn_scale(source: Source, options: ScaleOptions, ratios: Sequence[float]) -> 
 
 @dataclass(frozen=True)
 class EarlyBirdOptions(ScaleOptions):
-    tolerance: float = option(RULES["mask-distance"][0], "Share of entries in which masks may differ that count as standing still.")
+    tolerance: float = option(RULES["mask-distance"][0], "Share of entries in which masks may differ and count as stable.")
     patience: int = option(RULES["mask-distance"][1], "Snapshots whose masks the newest is compared with.")
 
     def __post_init__(self):
@@ -64,7 +64,7 @@ class EarlyBirdOptions(ScaleOptions):
 
 
 @register(
-    "early-bird", "BatchNorm scales at the first snapshot where their mask stands still", EarlyBirdOptions,
+    "early-bird", "BatchNorm scales at the first snapshot where their mask is stable", EarlyBirdOptions,
     default_at=lambda options: EMERGED, label=_label,
 )  # fmt: skip
 def early_bird(source: Source, options: EarlyBirdOptions, ratios: Sequence[float]) -> Iterator[Found]:
@@ -81,7 +81,7 @@ def early_bird(source: Source, options: EarlyBirdOptions, ratios: Sequence[float
 
 
 def _emergence(source: Source, options: EarlyBirdOptions, ratio: float) -> str:
-    """The first snapshot with the full network, from where the masks stand still on. Raises LoftError where there is none."""
+    """The first snapshot with the full network, from which on the masks are stable. Raises LoftError where there is none."""
     snapshots = source.run.snapshots
     stopping = Stopping(
         stop_when_stable=True, stability="mask-distance", stable_ratio=ratio, tolerance=options.tolerance, patience=options.patience
@@ -95,6 +95,6 @@ def _emergence(source: Source, options: EarlyBirdOptions, ratio: float) -> str:
                 return point_of(later[0])
     looser = "raise --tolerance" if len(steps) > options.patience else f"lower --patience below {len(steps)} and raise --tolerance"
     raise LoftError(
-        f"{source.run.path}: the masks of ratio {ratio:g} do not stand still over {options.patience + 1} of its {len(steps)} snapshots: "
+        f"{source.run.path}: the masks of ratio {ratio:g} are not stable over {options.patience + 1} of its {len(steps)} snapshots: "
         f"train longer, take snapshots more often (--snapshot-every), or {looser}"
     )
