@@ -1,5 +1,8 @@
 """Packages of other people that a user may lack: by which name they are installed."""
 
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
 _INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "pynvml": "nvidia-ml-py"}
 _BUILT = ("horovod", "mpi4py")
 """What must be built against the machine's MPI, which pip alone does not do."""
@@ -13,3 +16,14 @@ def what_is_missing(problem: ImportError) -> str:
     name = _INSTALLED_AS.get(package, package)
     by_hand = "" if package in _BUILT else f", or pip install {name}"
     return f"{name} is not installed for this Python: run bin/setup in the checkout and source .venv/bin/activate{by_hand}"
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The version of each package, or `missing`."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found

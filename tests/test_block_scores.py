@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loft_hpc.comm.world import start
+from loft_hpc.comm.start import start
 from loft_hpc.data.augment import Augmentation
 from loft_hpc.data.dataset import DataInfo, TensorDataSet
 from loft_hpc.data.embedded import digits

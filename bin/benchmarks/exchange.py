@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from loft_hpc.comm.world import start
+from loft_hpc.comm.start import start
 from loft_hpc.filterwise.exchange import EXCHANGES, TRANSPORT_DTYPES, AllToAllExchange, full_layout
 from loft_hpc.filterwise.gpu_exchange import exchange_class
 from loft_hpc.filterwise.partition import deal

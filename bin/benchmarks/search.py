@@ -9,7 +9,7 @@ import time
 import click
 import torch
 
-from loft_hpc.comm.world import start
+from loft_hpc.comm.start import start
 from loft_hpc.data.embedded import digits, textures
 from loft_hpc.data.order import Order
 from loft_hpc.jobs.check import random_like

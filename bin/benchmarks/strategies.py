@@ -19,7 +19,8 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 
 from loft_hpc.comm.messages import Messages
-from loft_hpc.comm.world import World, start
+from loft_hpc.comm.start import start
+from loft_hpc.comm.world import World
 from loft_hpc.models.architecture import MODEL_NAMES, architecture
 from loft_hpc.models.resnet import build
 from loft_hpc.pipeline.pipeline import Pipeline

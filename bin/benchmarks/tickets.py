@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from loft_hpc.comm.world import start
+from loft_hpc.comm.start import start
 from loft_hpc.data.registry import open_data
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.models.groups import Selection, filter_groups, slice_state

@@ -172,7 +172,7 @@ def measure_idle(ranks: int) -> Idle:
             return sum(hosts.sent_bytes())
 
     def joined_for(seconds: int) -> int:
-        return sent("python", "-c", f"import time; from loft_hpc.comm.world import start; start(); time.sleep({seconds})")
+        return sent("python", "-c", f"import time; from loft_hpc.comm.start import start; start(); time.sleep({seconds})")
 
     # Not `true`: where ranks end before the launcher has wired up, it may wait for them for ever.
     launcher, briefly, longer = sent("sleep", "1"), joined_for(1), joined_for(11)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loft_hpc.comm.engines import AUTO
 from loft_hpc.comm.launch import announced, announced_rank
 from loft_hpc.jsontext import to_json_text
 from loft_hpc.screen import tell, without_surrogates
@@ -24,16 +25,18 @@ class Job:
 
     def __init__(self, interruption: Interruption) -> None:
         self.started_world: World | None = None
+        self.engine = AUTO
+        """What carries the collectives: a name of `loft_hpc.comm.engines`."""
         self.interruption = interruption
         """Whether the job was preempted; a training looks at it."""
 
     @property
     def world(self) -> World:
-        """All ranks of this job; MPI and Horovod start at the first use."""
+        """All ranks of this job; MPI and the engine start at the first use."""
         if self.started_world is None:
-            from loft_hpc.comm.world import start
+            from loft_hpc.comm.start import start
 
-            self.started_world = start()
+            self.started_world = start(self.engine)
         return self.started_world
 
     def join(self) -> None:

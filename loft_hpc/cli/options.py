@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from loft_hpc.analysis.timing import EXAMPLES
 from loft_hpc.cli.leave_out import leave_out_option
+from loft_hpc.comm.engines import AUTO, ENGINES
 from loft_hpc.comm.launch import announced_rank
 from loft_hpc.data.catalogue import MAX_LOADER_WORKERS
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings
@@ -196,8 +197,20 @@ supervision_options = several(
     ),
 )  # fmt: skip
 
-device_option = option(
-    Computation, "device", "Where to compute; auto takes a GPU if there is one.", type=click.Choice(["auto", "cpu", "cuda"])
+
+def _use_engine(context: click.Context, parameter: click.Parameter, engine: str) -> None:
+    if context.obj is not None:  # a command that is only read, as by loft plan, starts no ranks
+        context.obj.engine = engine
+
+
+engine_option = click.option(
+    "--engine", type=click.Choice([AUTO, *ENGINES]), default=AUTO, show_default=True, expose_value=False, callback=_use_engine,
+    help="What carries data between the ranks; results are the same. auto: horovod where it is installed; else nccl where every rank has a "
+    "GPU of its own, and mpi4py where not.",
+)  # fmt: skip
+device_option = several(
+    option(Computation, "device", "Where to compute; auto takes a GPU if there is one.", type=click.Choice(["auto", "cpu", "cuda"])),
+    engine_option,
 )
 batch_parts_option = click.option(
     "--batch-parts", type=click.IntRange(1, MAX_BATCH),

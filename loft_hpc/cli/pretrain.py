@@ -26,7 +26,7 @@ from loft_hpc.cli.options import (
     typed,
 )
 from loft_hpc.cli.presets import preset_option
-from loft_hpc.cli.progress import Progress
+from loft_hpc.cli.progress import Progress, ranks_text
 from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DataSettings
 from loft_hpc.filterwise.emergence import RULES, Stopping
@@ -164,7 +164,7 @@ def command(context: click.Context, run_path: str | None, resume: bool, extend_t
     settings = for_run(given, "pretrain", typed(context), path, resume, extend_to)
     world = job.world
     speaks = world.rank == 0 and format == "table"
-    ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+    ranks = ranks_text(world)
     title = f"pretraining {settings.model} on {settings.data.label} with {settings.strategy} over {ranks}"
     oversight = Oversight(Progress(speaks, title), job.interruption, supervision)
     path, outcome = pretrain(settings, path, resume, world, oversight)

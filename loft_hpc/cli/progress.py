@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loft_hpc.comm.launch import output_is_terminal
 from loft_hpc.screen import erase_line, tell
+
+if TYPE_CHECKING:
+    from loft_hpc.comm.world import World
+
+
+def ranks_text(world: World) -> str:
+    """How many ranks there are, and what carries data between them."""
+    return "1 rank" if world.size == 1 else f"{world.size} ranks ({world.engine})"
 
 
 class Progress:

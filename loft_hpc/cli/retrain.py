@@ -24,7 +24,7 @@ from loft_hpc.cli.options import (
     typed,
 )
 from loft_hpc.cli.presets import preset_option
-from loft_hpc.cli.progress import Progress
+from loft_hpc.cli.progress import Progress, ranks_text
 from loft_hpc.cli.settings import for_run
 from loft_hpc.data.registry import DATASET_NAMES, DataSettings, Reading
 from loft_hpc.jobs.comparable import dense_ticket
@@ -126,7 +126,7 @@ def command(
     world = job.world
     speaks = world.rank == 0 and format == "table"
     if speaks:
-        tell(f"retraining {ticket} on {data.label} over {world.size} rank{'s' * (world.size > 1)}")
+        tell(f"retraining {ticket} on {data.label} over {ranks_text(world)}")
     progress = Progress(speaks)
     path, outcome = retrain(source, settings, path, resume, world, Oversight(progress, job.interruption, supervision))
     score = outcome.score

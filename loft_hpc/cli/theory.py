@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from loft_hpc.cli.context import Job, Report
-from loft_hpc.cli.options import default, fill, option, plot_option
+from loft_hpc.cli.options import default, engine_option, fill, option, plot_option
 from loft_hpc.jobs.theory import TERMS, Theory, TheorySettings, check_theorem
 from loft_hpc.jsontext import finite_or_none
 
@@ -29,6 +29,7 @@ def _several(name: str, help: str) -> Any:
 @option(TheorySettings, "starts", "Initialisations, for the error bars.", type=int)
 @option(TheorySettings, "deals", "Sequences of partitions that each start is averaged over.", type=int)
 @option(TheorySettings, "seed", "Decides initialisations and partitions.", type=int)
+@engine_option
 @plot_option("spread, drift and outputs over m, for every S above 1.")
 @click.option(
     "--format", type=click.Choice(["table", "json", "csv", "latex"]), default="table", show_default=True, help="How results are printed."

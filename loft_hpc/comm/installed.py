@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from loft_hpc.comm.launch import announced, home_of_user
@@ -49,6 +50,11 @@ def probe(program: str) -> Probe:
     if done.returncode == 0 and lines:
         return Probe(from_json_text(lines[-1]))
     return Probe(None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+
+
+def has(module: str) -> bool:
+    """Whether a module is installed, working or not."""
+    return find_spec(module) is not None
 
 
 def mpi() -> Probe:

@@ -21,7 +21,7 @@ class Messages:
 
     def __init__(self, world: World):
         self._world = world
-        self._mpi = world.mpi.Dup()  # tags of our own, apart from anybody else's
+        self._mpi = world.mpi.Dup() if world.size > 1 else None  # tags of our own, apart from anybody else's
         self._staging = Staging(direct=False)  # NCCL carries no messages of ours: GPU tensors go through pinned host memory
 
     def send(self, tensor: Tensor, to: int, tag: int, purpose: str) -> Callable[[], None]:

@@ -5,10 +5,9 @@ from torch import Tensor
 
 
 class Staging:
-    """Gives Horovod a tensor that it can carry.
+    """Gives an engine a tensor that it can carry.
 
-    CPU tensors pass through untouched, and so do GPU tensors if `direct` (Horovod with NCCL, one rank per GPU; NCCL refuses two
-    ranks on one GPU). Otherwise a GPU tensor is copied through pinned host memory, allocated once for each name (and anew when it must grow).
+    CPU tensors pass through untouched, and so do GPU tensors if `direct` (NCCL, which refuses two ranks on one GPU). Otherwise a GPU tensor is copied through pinned host memory, allocated once for each name (and anew when it must grow).
     """
 
     def __init__(self, direct: bool):
@@ -16,7 +15,7 @@ class Staging:
         self._buffers: dict[str, Tensor] = {}
 
     def host_like(self, tensor: Tensor, name: str) -> Tensor:
-        """A buffer of the tensor's shape for Horovod to fill; the tensor itself where it can be filled in place."""
+        """A buffer of the tensor's shape for an engine to fill; the tensor itself where it can be filled in place."""
         if self._direct or not tensor.is_cuda:
             return tensor
         buffer = self._buffers.get(name)
@@ -25,10 +24,10 @@ class Staging:
         return buffer[: tensor.numel()].view(tensor.shape)  # what an all-to-all carries has another size each time
 
     def to_host(self, tensor: Tensor, name: str) -> Tensor:
-        """The tensor's contents where Horovod can read them."""
+        """The tensor's contents where an engine can read them."""
         buffer = self.host_like(tensor, name)
         if buffer is not tensor:
-            buffer.copy_(tensor)  # waits for the GPU, so the contents are there when Horovod's thread reads them
+            buffer.copy_(tensor)  # waits for the GPU, so the contents are there when an engine's thread reads them
         return buffer
 
     def back(self, result: Tensor, tensor: Tensor) -> Tensor:

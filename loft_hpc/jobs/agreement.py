@@ -4,15 +4,15 @@ import hashlib
 import platform
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import loft_hpc
 from loft_hpc.comm.world import World
 from loft_hpc.errors import LoftError
+from loft_hpc.packages import installed_versions
 
-_PACKAGES = ("torch", "horovod", "numpy")
+_PACKAGES = ("torch", "horovod", "mpi4py", "numpy")
 
 
 @cache
@@ -27,7 +27,7 @@ def code_version() -> str:
 
 def software() -> dict[str, str]:
     """What a rank computes with, by name."""
-    return {"loft-hpc": code_version(), "Python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
+    return {"loft-hpc": code_version(), "Python": platform.python_version(), **installed_versions(_PACKAGES)}
 
 
 def refuse_disagreement(what: Mapping[str, Any], world: World) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from loft_hpc import seeds
 from loft_hpc.analysis.size import Size, ticket_size
 from loft_hpc.analysis.statistics import mean_interval
+from loft_hpc.comm.alone import Alone
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.comm.world import World
 from loft_hpc.data.registry import open_data
@@ -112,7 +113,7 @@ def check(
     note = meet(TrainedOn.of(path, ticket.dense), info)
     folders = {(name, seed): path / "checks" / settings.name / f"{name}-seed{seed}" for name, seed in work}
     world.on_root(lambda: [_refuse_other_recipe(folders[name, seed], replace(retraining, rewind="none", seed=seed)) for name, seed in work])
-    mine, failures, told, alone = [], [], False, world.alone()
+    mine, failures, told, alone = [], [], False, Alone(world)
     share = work[world.rank :: world.size]
     for number, (name, seed) in enumerate(share, start=1):
         alone.ledger = Ledger()

@@ -32,7 +32,7 @@ class Finding:
 def examine(data_dir: Path) -> list[Finding]:
     """Everything that training needs, and the data sets that can be read."""
     horovod = installed.horovod()
-    return [*_torch(), _torchvision(), *_packages(), *_surroundings(), *_mpi(), _horovod(horovod), *_gpus(horovod), *_data(data_dir)]
+    return [*_torch(), _torchvision(), *_packages(), *_surroundings(), *_mpi(), *_engines(horovod), *_gpus(horovod), *_data(data_dir)]
 
 
 def _torch() -> list[Finding]:
@@ -103,14 +103,21 @@ def _mpi() -> list[Finding]:
     return findings
 
 
-def _horovod(horovod: installed.Probe) -> Finding:
+def _engines(horovod: installed.Probe) -> list[Finding]:
+    """What can carry data between the ranks, and what does unless --engine says otherwise."""
+    if not installed.has("horovod"):
+        return [
+            Finding("Horovod", "note", "not installed, and not needed", "bin/setup builds it"),
+            Finding("engine", "ok", "mpi4py, or nccl where every rank has a GPU of its own"),
+        ]
+    elsewhere = "bin/setup, or --engine mpi4py"
     if horovod.facts is None:
-        return Finding("Horovod", "missing", horovod.problem, "bin/setup")
+        return [Finding("Horovod", "missing", horovod.problem, elsewhere)]
     parts = [name.upper() for name in ("mpi", "gloo", "nccl", "cuda") if horovod.facts[name]]
     found = f"{horovod.facts['version']}, built with {', '.join(parts)}"
     if not horovod.facts["mpi"]:
-        return Finding("Horovod", "missing", f"{found}, not MPI", "bin/setup")
-    return Finding("Horovod", "ok", found)
+        return [Finding("Horovod", "missing", f"{found}, not MPI", elsewhere)]
+    return [Finding("Horovod", "ok", found), Finding("engine", "ok", "horovod (--engine mpi4py or nccl for another one)")]
 
 
 def _gpus(horovod: installed.Probe) -> list[Finding]:
@@ -121,7 +128,7 @@ def _gpus(horovod: installed.Probe) -> list[Finding]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     nccl = bool(horovod.facts and horovod.facts["nccl"])
     if not count:
-        unused = "Horovod was built with it" if nccl else "not built into Horovod"
+        unused = "Horovod was built with it" if nccl else "in torch alone (--engine nccl)"
         return [
             Finding("GPUs", "note", "none that torch sees: training runs on the CPU"),
             Finding("NCCL", "note", f"{unused}; not needed without GPUs"),
@@ -133,7 +140,10 @@ def _gpus(horovod: installed.Probe) -> list[Finding]:
             gpus,
             Finding("NCCL", "ok", f"up to {count} ranks here exchange on the GPUs; more ranks share them, through pinned host memory"),
         ]
-    return [gpus, Finding("NCCL", "note", "not built into Horovod: exchanges go through pinned host memory", "bin/setup --gpu")]
+    return [
+        gpus,
+        Finding("NCCL", "note", "in torch alone: Horovod exchanges through pinned host memory", "--engine nccl, or bin/setup --gpu"),
+    ]
 
 
 def _data(folder: Path) -> list[Finding]:

@@ -189,6 +189,7 @@ def _train_locked(
         "architecture": architecture.to_json(),
         "seed": settings.seed,
         "world_size": world.size,
+        "engine": world.engine,
         "placement": [asdict(placement) for placement in workplace.placements],
         "data": workplace.data.info.to_json(),
         "total_steps": strategy.total_steps,

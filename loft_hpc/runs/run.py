@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from loft_hpc.comm.ledger import Ledger
 from loft_hpc.errors import Interrupted, LoftError
 from loft_hpc.files import read_json, read_tensors, refuse_links_outside, write_json, write_tensors
 from loft_hpc.models.architecture import Architecture
+from loft_hpc.packages import installed_versions
 from loft_hpc.runs import lock
 from loft_hpc.runs.checkpoints import Checkpoints
 from loft_hpc.runs.log import MAX_STEPS, EventLog
@@ -26,7 +26,7 @@ from loft_hpc.runs.snapshots import Snapshots
 Value = TypeVar("Value")
 _PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy")
 _KINDS = {"kind": str, "status": str, "data": dict, "ticket": dict, "hidden_widths": dict, "dense_architecture": dict, "results": dict,
-          "search": dict, "weights": dict, "resumed": list, "legs": list, "supervision": dict}  # fmt: skip
+          "search": dict, "engine": str, "weights": dict, "resumed": list, "legs": list, "supervision": dict}  # fmt: skip
 """What else run.json says, where it says it."""
 _COUNTS = ("total_steps", "steps_per_epoch", "world_size")
 
@@ -62,7 +62,7 @@ class Run:
             "command": sys.argv,
             "configuration": dict(configuration),
             **details,
-            "versions": {"loft-hpc": loft_hpc.__version__, "python": platform.python_version(), **_versions()},
+            "versions": {"loft-hpc": loft_hpc.__version__, "python": platform.python_version(), **installed_versions(_PACKAGES)},
             "host": platform.node(),
             "started": _now(),
             "ended": None,
@@ -124,7 +124,7 @@ class Run:
             "changed": dict(changed),
             **({"results_before": self.description.pop("results", None)} if finished else {}),
         }
-        own = {name: details[name] for name in ("world_size", "placement", "total_steps")}
+        own = {name: details[name] for name in ("world_size", "engine", "placement", "total_steps")}
         self._update(
             status="running", ended=None, resumed=[*(self.description.get("resumed") or []), attempt],
             configuration=dict(configuration), supervision=dict(supervision), **own,
@@ -314,13 +314,3 @@ def _is_count(value: Any) -> bool:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found

@@ -25,7 +25,7 @@ class Placement:
 def place(wanted: str, precision: str, world: World) -> tuple[torch.device, Placement]:
     """Choose this rank's device and its number of threads, and tell `world` about both.
 
-    GPUs go round by local rank. Exchange buffers stay on the GPU only where Horovod has NCCL and no two ranks share one.
+    GPUs go round by local rank. Exchange buffers stay on the GPU only where the engine has NCCL and no two ranks share one.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise LoftError("--device cuda: torch sees no GPU here; check nvidia-smi and `loft doctor`, or use --device cpu")
@@ -33,8 +33,7 @@ def place(wanted: str, precision: str, world: World) -> tuple[torch.device, Plac
     if precision == "bfloat16" and not gpus:
         raise LoftError("--precision bfloat16 is for GPUs: leave it away on a CPU")
     device = torch.device("cuda", world.local_rank % gpus) if gpus else torch.device("cpu")
-    direct = _gpus_to_themselves(device, world) and world.nccl
-    world.use_device(device, direct)
+    direct = world.use_device(device, _gpus_to_themselves(device, world))
     if world.cores is None:
         world.cores = _share_of_cores(world)
         world.threads = threads_chosen_by_user() or world.cores

@@ -1,10 +1,9 @@
 """What blocks are worth does not depend on how many ranks look at the batches."""
 
 import pytest
-from mpi4py import MPI
 
+from loft_hpc.comm.alone import Alone
 from loft_hpc.comm.ledger import Ledger
-from loft_hpc.comm.world import World
 from loft_hpc.data.embedded import digits
 from loft_hpc.models.resnet import build
 from loft_hpc.tickets.block_scores import BLOCK_CRITERIA, BlockScoring, removable
@@ -19,7 +18,7 @@ SIZES = (3,)
 @pytest.fixture(scope="module")
 def alone(world):
     """A world of this rank only, for which the plain loop over all batches is one process's."""
-    return World(MPI.COMM_SELF, world._hvd)
+    return Alone(world)
 
 
 @pytest.mark.parametrize("pre_activation", [False, True])

@@ -176,10 +176,10 @@ def host_copies(world, monkeypatch) -> Iterator[list[HostCopies]]:
     monkeypatch.setattr(HostCopies, "made", [])
     for module in ("world", "messages"):
         monkeypatch.setattr(f"loft_hpc.comm.{module}.Staging", HostCopies)
-    world.use_device(CPU, direct=False)
+    world.use_device(CPU, alone=False)
     yield HostCopies.made
     monkeypatch.undo()
-    world.use_device(CPU, direct=False)
+    world.use_device(CPU, alone=False)
 
 
 def copied(made: list[HostCopies]) -> int:

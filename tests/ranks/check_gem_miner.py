@@ -7,6 +7,7 @@ search of some hundred steps ends in another ticket of the same quality.
 import statistics
 
 from loft_hpc.cli.main import run
+from loft_hpc.comm.alone import Alone
 from loft_hpc.data.order import Order
 from loft_hpc.data.registry import open_data
 from loft_hpc.jobs.check import variants_of
@@ -32,7 +33,7 @@ def test_its_ticket_beats_its_shuffled_mask_and_random_weights(world, tmp_path_f
     world.barrier()
     ticket = Ticket.read(folder / "run" / "tickets" / "gem")
     assert ticket.mask.count == ticket.mask.total - int(0.9856 * ticket.mask.total)
-    alone, seed, variants = world.alone(), world.rank, variants_of(ticket, "none")
+    alone, seed, variants = Alone(world), world.rank, variants_of(ticket, "none")
     data = open_data(ticket_data(ticket), CPU, alone)
 
     def finetuned(variant: Ticket) -> float:

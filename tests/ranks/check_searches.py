@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from loft_hpc.cli.main import run
+from loft_hpc.comm.alone import Alone
 from loft_hpc.data.embedded import digits
 from loft_hpc.data.order import Order
 from loft_hpc.errors import LoftError
@@ -121,7 +122,7 @@ def test_a_search_goes_on_bitwise(world):
 
 def test_scores_do_not_depend_on_the_number_of_ranks(world):
     """Batches of four parts: as one rank has them, up to the order of summation."""
-    together, alone = search(world, steps=3), search(world.alone(), steps=3)
+    together, alone = search(world, steps=3), search(Alone(world), steps=3)
     for training in (together, alone):
         finish(training)
     close({"scores": together.checkpoint()[0]["scores"]}, {"scores": alone.checkpoint()[0]["scores"]})
@@ -129,7 +130,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks(world):
 
 def test_masked_training_neither_revives_nor_depends_on_the_number_of_ranks(world):
     together, mask = masked(world)
-    alone, _ = masked(world.alone())
+    alone, _ = masked(Alone(world))
     for training in (together, alone):
         training.advance(2)  # rounding grows a hundredfold a step
     close(together.full_state(), alone.full_state())

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loft_hpc.comm.world import World, start
+from loft_hpc.comm.start import start
+from loft_hpc.comm.world import World
 from loft_hpc.training.device import place
 
 torch.set_num_threads(1)
