@@ -1,13 +1,21 @@
 # Sourced by horovod.sh for --gpu: names the CUDA and NCCL that Horovod is compiled against.
 # A complete toolkit (a CUDA module: CUDA_HOME, or the nvcc on the PATH with its libcudart) is used as it is; with a bare nvcc, folders
 # laid out as a toolkit are made of links into the CUDA libraries that torch's wheel brought along.
-links=$1/links
+# The folders stay in the environment: Horovod finds its NCCL and CUDA through them whenever it loads.
+links=$VIRTUAL_ENV/share/loft-cuda
+rm -rf "$links"
 nvcc=${CUDA_HOME:+$CUDA_HOME/bin/nvcc}
 [ -x "${nvcc:-}" ] || nvcc=$(command -v nvcc || true)
 [ -n "$nvcc" ] || die "--gpu needs the CUDA compiler nvcc" "load a CUDA module of the release that torch was built with ($(python -c 'import torch; print(torch.version.cuda)'))"
 nvcc=$(readlink -f "$nvcc")
 toolkit=$(dirname "$(dirname "$nvcc")")
-libraries=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
+# Beside the torch that is imported, which may lie in another environment or behind links.
+libraries=$(python - <<'PYTHON'
+import os, sys, torch
+places = [os.path.dirname(os.path.dirname(torch.__file__)), *sys.path]
+print(next((os.path.realpath(found) for place in places if os.path.isdir(found := os.path.join(place, "nvidia"))), "none"))
+PYTHON
+)
 
 link_library() { # FOLDER FILE: libX.so beside the versioned library that the wheel has
     ln -sf "$2" "$1/$(basename "$2")"
@@ -17,7 +25,7 @@ link_library() { # FOLDER FILE: libX.so beside the versioned library that the wh
 if [ -e "$toolkit/lib64/libcudart.so" ] && [ -e "$toolkit/include/cuda_runtime.h" ]; then
     export CUDA_HOME=$toolkit
 else
-    cuda=$(find "$libraries" -maxdepth 1 -name 'cu[0-9]*' 2>/dev/null | head -n 1 || true)
+    cuda=$(find -L "$libraries" -maxdepth 1 -name 'cu[0-9]*' 2>/dev/null | head -n 1 || true)
     [ -d "$cuda/include" ] || die "the nvcc in $toolkit has no CUDA runtime beside it, and torch's wheel brought none" "load a complete CUDA module"
     mkdir -p "$links/cuda/lib64"
     ln -s "$cuda/include" "$links/cuda/include"

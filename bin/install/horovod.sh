@@ -9,7 +9,7 @@ patch=$here/horovod-$version.patch
 sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0  # of the source archive of 0.28.1
 
 # Built already against the same torch, MPI and options: leave it.
-built=$( { cat "$here/pins.txt" "$patch" "$0"; echo "$gpu"; mpicxx -show; python --version; } | sha256sum | cut -d' ' -f1 )
+built=$( { cat "$here/pins.txt" "$patch" "$0"; echo "$gpu"; mpicxx -show; python --version; python -c "import torch; print(torch.__version__)"; } | sha256sum | cut -d' ' -f1 )
 stamp=$VIRTUAL_ENV/.horovod-build
 if [ "$(cat "$stamp" 2>/dev/null)" = "$built" ] && python -c 'import horovod.torch' 2>/dev/null; then
     exit 0
@@ -18,7 +18,7 @@ rm -f "$stamp"
 
 pip() { python -m pip --quiet "$@"; }
 # What Horovod's build imports, since it is built without isolation to see this very torch.
-pip install 'setuptools>=70,<81' wheel packaging cloudpickle psutil pyyaml 'cffi>=1.4' || die "Horovod's build tools did not install" "see pip's message above"
+pip install 'setuptools>=77,<81' wheel packaging cloudpickle psutil pyyaml 'cffi>=1.4' || die "Horovod's build tools did not install" "see pip's message above"
 command -v cmake >/dev/null || pip install 'cmake>=3.20,<4' || die "cmake is missing and its wheel did not install" "Debian: apt-get install cmake"
 
 work=$(mktemp -d)
@@ -34,7 +34,7 @@ patch --quiet --strip 1 --directory "$work/source" < "$patch" || die "the patch 
 export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1
 export MAKEFLAGS=-j${LOFT_BUILD_JOBS:-$(nproc)}
 if [ "$gpu" = yes ]; then
-    . "$here/cuda.sh" "$work"
+    . "$here/cuda.sh"
     export HOROVOD_GPU_OPERATIONS=NCCL
 else
     export HOROVOD_CPU_ONLY=1
