@@ -242,7 +242,7 @@ def test_a_line_per_epoch_and_no_bar_when_nobody_watches(tmp_path):
     lines = result.out.splitlines()
     assert lines[1] == f"run: {tmp_path / 'run'}"
     assert [line.split("   ")[0] for line in lines[2:4]] == ["epoch 1/2", "epoch 2/2"]
-    assert lines[0].startswith("pretraining resnet20 on digits with loft over 2 ranks (horovod); an epoch is ")
+    assert lines[0].startswith("pretraining resnet20 on digits with loft over 2 ranks (")
     assert lines[4].startswith("test accuracy of the merged network: ") and lines[5] == f"run: {tmp_path / 'run'}"
     assert "\r" not in result.out and "\x1b" not in result.out
 

@@ -146,6 +146,7 @@ def other_code(tmp_path: Path) -> list[str]:
         (["--strategy", "data-parallel"], "--strategy loft, rank 1 with data-parallel"),
         (["--dataset", "textures"], "--dataset digits, rank 1 with textures"),
         (["--resume"], "--resume False, rank 1 with True"),
+        (["--engine", "mpi4py"], "--engine auto, rank 1 with --engine mpi4py"),
         ("code", "loft-hpc "),
     ],
 )
