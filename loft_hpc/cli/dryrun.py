@@ -322,7 +322,7 @@ def _value(value: Any) -> str:
 def _memory_table(made: Plan) -> str:
     settings = made.case.settings
     memories = [_memory(memory) for memory in made.memories]
-    types = {"activations_bytes": settings.computation.precision}
+    types = {"activations_bytes": "bfloat16" if settings.computation.precision == "bfloat16" else "float32"}
     if settings.strategy == "loft":
         types |= dict.fromkeys(("exchange_bytes", "averaging_bytes"), settings.loft.transport_dtype)
     labels = {key: f"{label} ({types[key]})" if key in types else label for key, label in _MEMORY_LINES.items()}

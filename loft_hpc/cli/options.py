@@ -217,7 +217,12 @@ batch_parts_option = click.option(
     help="Compute every batch in so many parts, each normalised by itself, so that the result does not depend on the number of ranks.  "
     "[default: one for each rank]",
 )  # fmt: skip
-precision_option = option(Computation, "precision", "Arithmetic of convolutions; bfloat16 needs a GPU.", type=click.Choice(PRECISIONS))
+precision_option = option(
+    Computation,
+    "precision",
+    "Arithmetic of convolutions; tf32 and bfloat16 need a GPU. auto: tf32 on a GPU, float32 on a CPU.",
+    type=click.Choice(PRECISIONS),
+)
 
 run_options = several(
     click.option("--run", "run_path", type=click.Path(), help="Folder of the run.  [default: runs/MODEL-DATASET-STRATEGY+WORKERS-TIME]"),

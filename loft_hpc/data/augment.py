@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loft_hpc.data.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -37,7 +39,7 @@ class Augmentation:
         """(N, C, H, W) normalised, with a crop and a flip of its own for each image, drawn from `draw`."""
         count, _, height, width = images.shape
         if self.padding:
-            offsets = torch.randint(2 * self.padding + 1, (2, count, 1), generator=draw).to(images.device)
+            offsets = to_device(torch.randint(2 * self.padding + 1, (2, count, 1), generator=draw), images.device)
             padded = F.pad(images, (self.padding,) * 4, value=self.background)
             rows = offsets[0] + torch.arange(height, device=images.device)
             columns = offsets[1] + torch.arange(width, device=images.device)
@@ -46,7 +48,7 @@ class Augmentation:
             rows = torch.arange(height, device=images.device).expand(count, height)
             columns = torch.arange(width, device=images.device).expand(count, width)
         if self.flip:
-            mirrored = (torch.rand(count, 1, generator=draw) < 0.5).to(images.device)
+            mirrored = to_device(torch.rand(count, 1, generator=draw) < 0.5, images.device)
             columns = torch.where(mirrored, columns.flip(1), columns)
         elif not self.padding:
             return self.test(images)

@@ -12,6 +12,7 @@ from torch import Tensor
 from loft_hpc import seeds
 from loft_hpc.data.augment import Augmentation
 from loft_hpc.data.order import Order
+from loft_hpc.data.transfer import to_device
 from loft_hpc.errors import LoftError
 
 Batch = tuple[Tensor, Tensor]
@@ -171,18 +172,19 @@ class TensorDataSet(DataSet):
     def train_batches(self, order: Order, first_step: int, steps: int) -> Iterator[Batch]:
         images, labels = self._train
         for step in range(first_step, first_step + steps):
-            batch = order.indices(step).to(images.device)
+            batch = to_device(order.indices(step), images.device)
             draw = seeds.generator(order.seed, "augment", step, order.rank)
             yield self._augmentation.train(images[batch], draw), labels[batch]
 
     def train_labels(self, order: Order, first_step: int, steps: int) -> Iterator[Tensor]:
         labels = self._train[1]
-        return (labels[order.indices(step).to(labels.device)] for step in range(first_step, first_step + steps))
+        return (labels[to_device(order.indices(step), labels.device)] for step in range(first_step, first_step + steps))
 
     def calibration_batches(self, batches: int, batch_size: int, rank: int, size: int) -> Iterator[Batch]:
         images, labels = self._train
         for batch in calibration_indices(len(images), batches, batch_size)[rank::size]:
-            yield self._augmentation.test(images[batch.to(images.device)]), labels[batch.to(images.device)]
+            batch = to_device(batch, images.device)
+            yield self._augmentation.test(images[batch]), labels[batch]
 
     def test_batches(self, batch_size: int, rank: int, size: int) -> Iterator[Batch]:
         images, labels = (tensor[rank::size] for tensor in self._test)

@@ -214,6 +214,8 @@ class Loader:
     def __init__(self, images: Images, workers: int, device: torch.device):
         self._device = device
         self._keys = _Keys()
+        # One for all passes: torch's allocator keeps memory apart for each stream.
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._loader = _loader(images, self._keys, _stack, workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
 
     def batches(self, keys: Iterable[list[Key]]) -> Iterator[Batch]:
@@ -223,7 +225,7 @@ class Loader:
         """
         self._keys.source = keys
         batches = map(self._on_device, _read(self._loader))
-        return _ahead(batches, self._device) if self._device.type == "cuda" else batches
+        return _ahead(batches, self._side) if self._side else batches
 
     def _on_device(self, batch: Batch | str) -> Batch:
         if isinstance(batch, str):
@@ -232,9 +234,8 @@ class Loader:
         return NORMALISATION.test(pixels.permute(0, 3, 1, 2)), labels
 
 
-def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, each copied and normalised on a stream of its own while the GPU computes on the one before."""
-    stream = torch.cuda.Stream(device)
+def _ahead(batches: Iterator[Batch], stream: torch.cuda.Stream) -> Iterator[Batch]:
+    """The same batches, each copied and normalised on this stream while the GPU computes on the one before."""
 
     def begin() -> tuple[Batch, torch.cuda.Event] | None:
         with torch.cuda.stream(stream):
@@ -245,7 +246,7 @@ def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     while coming:
         batch, ready = coming
         coming = begin()
-        computing = torch.cuda.current_stream(device)
+        computing = torch.cuda.current_stream(stream.device)
         computing.wait_event(ready)
         for tensor in batch:
             tensor.record_stream(computing)  # its memory is the side stream's, and must not be reused before it was computed on

@@ -86,9 +86,7 @@ class Exchange(ABC):
         shared = self._sub.shared
         merged = self._full.views(torch.empty(self._full.numel, device=shared.values.device))
         collect(merged, everything(self._groups), holdings, self._groups)
-        for name, view in shared.layout.views(shared.momentum if momentum else shared.values).items():
-            merged[name] = view.clone()
-        return merged
+        return merged | shared.layout.views((shared.momentum if momentum else shared.values).clone())
 
     def _own_views(self) -> list[State]:
         """This rank's partitioned parameters and, where it travels, their momentum."""

@@ -1,6 +1,5 @@
 """LoFT: rounds of local training on sub-networks, an exchange, and a fresh deal (AISTATS 2023, arXiv 2210.16169)."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.interval import passes
 from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.settings import MAX_STEPS, Optimisation, refuse_outside
+from loft_hpc.training.stopwatch import Stopwatch
 from loft_hpc.training.strategy import Advance, Strategy, bits, everybodys_scores, refuse_other_network, summed
 from loft_hpc.training.trainer import Trainer
 
@@ -96,6 +96,7 @@ class Loft(Strategy):
         self._sub = SubNetwork(architecture, self.groups, world.rank, world.size, device, momentum_travels=self._carry)
         self._trainer = Trainer(self._sub.network, (self._sub.shared, self._sub.partitioned), self.schedule, precision)
         self._full = full_layout(initial, self._sub)
+        self._exchanging = Stopwatch(device)
         transport = TRANSPORT_DTYPES[settings.transport_dtype]
         self._exchange = exchange_class(settings.exchange, device.type == "cuda" and world.size > 1)(
             self._sub, self._full, self.groups, world, transport
@@ -128,14 +129,14 @@ class Loft(Strategy):
         batches = self._world.paced(self._data.train_batches(self._order, self._step, steps))
         losses = self._trainer.steps(zip(batches), self._step)
         total_loss, diverged_at = summed(losses, self._step, self._sub.shared.values, self._sub.partitioned.values)
-        start = time.perf_counter()
         self._alike = averages(self._settings, self._round + 1, self._step, self._step + steps, self._looks, self.total_steps)
         self._step += steps
         self._round += 1
         following = deal(self.groups, self._world.size, self._seed, self._round)
-        self._exchange.run(self._deal, following, average=self._alike)
+        with self._exchanging.running():
+            self._exchange.run(self._deal, following, average=self._alike)
         self._deal = following
-        return Advance(self._step, total_loss / steps, time.perf_counter() - start, self._round, diverged_at)
+        return Advance(self._step, total_loss / steps, self._exchanging.take(), self._round, diverged_at)
 
     @property
     def settled(self) -> bool:

@@ -17,7 +17,7 @@ from loft_hpc.jobs.retrain import RetrainSettings, starting_weights
 from loft_hpc.jobs.settings import flatten
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.schedule import Schedule
-from loft_hpc.training.settings import Computation
+from loft_hpc.training.settings import GPU_PRECISIONS, Computation
 
 LITTLE_LONGER = 1.25
 """Fewer workers that take at most so many times as long would do."""
@@ -196,8 +196,8 @@ def runs_on_gpu(computation: Computation, cluster: Cluster | None) -> bool:
 
     Raises LoftError as a training would.
     """
-    if computation.device == "cpu" and computation.precision == "bfloat16":
-        raise LoftError("--precision bfloat16 is for GPUs: leave it away on a CPU")
-    if computation.device == "auto" and computation.precision == "float32":
+    if computation.device == "cpu" and computation.precision in GPU_PRECISIONS:
+        raise LoftError(f"--precision {computation.precision} is for GPUs: omit it on a CPU")
+    if computation.device == "auto" and computation.precision not in GPU_PRECISIONS:
         return cluster.device == "cuda" if cluster and cluster.device else torch.cuda.is_available()
     return computation.device != "cpu"

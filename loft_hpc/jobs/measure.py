@@ -200,7 +200,7 @@ def _refuse_missing(subjects: Sequence[Subject], settings: MeasureSettings) -> N
             continue
         for subject in subjects:
             if subject.data.dataset not in (CIFAR if option == "--cifar-c" else ("cifar10",)):
-                raise LoftError(f"{option} belongs to CIFAR, and {subject.path} to {subject.data.dataset}: leave it away", usage=True)
+                raise LoftError(f"{option} belongs to CIFAR, and {subject.path} to {subject.data.dataset}: omit it", usage=True)
         if not Path(folder).is_dir():
             raise LoftError(f"{option} {folder} is no folder: name the one that holds its files")
 

@@ -26,7 +26,7 @@ from loft_hpc.models.resnet import ResidualNetwork
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets.source import FINAL, Recipe, Trained, Workshop
 from loft_hpc.tickets.ticket import Cost
-from loft_hpc.training.device import place
+from loft_hpc.training.device import place, precision_here
 from loft_hpc.training.evaluation import network_for, reestimate_statistics
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots
 from loft_hpc.training.strategy import Strategy
@@ -131,7 +131,8 @@ class RunSource:
             lr=lr or run.optimisation.lr,
             weight_decay=run.optimisation.weight_decay if recipe.weight_decay is None else recipe.weight_decay,
         )
-        computation = replace(run.computation, device=self._around.device)
+        device = self._around.device
+        computation = replace(run.computation, device=device, precision=precision_here(run.computation.precision, device))
         settings = SearchSettings(
             epochs, run.batch_size, run.seed, self._around.batch_parts, run.data.read(self._around.reading), optimisation,
             replace(run.evaluation, evaluate_every=max(run.evaluation.evaluate_every, epochs)), computation,

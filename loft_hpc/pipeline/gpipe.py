@@ -98,7 +98,7 @@ class GPipe(Strategy):
     def advance(self, limit: int | None = None) -> Advance:
         self._whole = None
         steps = min(STRETCH_STEPS, (limit or self.total_steps) - self._step, self.total_steps - self._step)
-        waited, losses = self._pipeline.waiting_seconds, torch.zeros(steps, device=self._device)
+        losses = torch.zeros(steps, device=self._device)
         for place, (images, labels) in enumerate(self._world.paced(self._batches(steps))):
             self._sgd.zero_gradients()
             losses[place] = self._pipeline.step(images, labels)
@@ -107,7 +107,7 @@ class GPipe(Strategy):
         self._world.broadcast_(losses, "control", root=self._world.size - 1)()
         total, diverged_at = summed(losses, self._step, self._buffer.values)
         self._step += steps
-        return Advance(self._step, total / steps, self._pipeline.waiting_seconds - waited, diverged_at=diverged_at)
+        return Advance(self._step, total / steps, self._pipeline.waiting.take(), diverged_at=diverged_at)
 
     def _batches(self, steps: int):
         """(images, labels) of each step, None for what this stage has no use for."""

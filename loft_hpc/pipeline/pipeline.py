@@ -10,7 +10,6 @@ A rank computes in m of m + K - 1 slots each way; the others are the pipeline's 
 micro-batch when its input has come.
 """
 
-import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loft_hpc.comm.messages import Messages
 from loft_hpc.pipeline.stages import Part, Shape, Stage
+from loft_hpc.training.stopwatch import Stopwatch
 
 
 class Pipeline:
@@ -40,8 +40,8 @@ class Pipeline:
         size = images // micro_batches
         self._inputs = message_buffers(arriving, size, micro_batches, device)
         self._gradients = message_buffers(leaving, size, micro_batches, device)
-        self.waiting_seconds = 0.0
-        """Time spent in waiting for messages, over all steps."""
+        self.waiting = Stopwatch(device)
+        """Time spent in waiting for messages."""
 
     def step(self, images: Tensor | None, labels: Tensor | None) -> Tensor:
         """Add the gradient of the mean loss over the batch to the stage's parameters; returns that loss (0 but at the last stage).
@@ -86,10 +86,8 @@ class Pipeline:
         return waits
 
     def _wait(self, wait) -> Tensor:
-        began = time.perf_counter()
-        result = wait()
-        self.waiting_seconds += time.perf_counter() - began
-        return result
+        with self.waiting.running():
+            return wait()
 
 
 def message_buffers(shape: Shape | None, images: int, count: int, device: torch.device) -> list[Tensor]:

@@ -1,7 +1,6 @@
 """Searching a ticket at initialisation: weights stay as they were drawn, what is trained is a score for each (Gem-Miner, edge-popup)."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from loft_hpc.tickets.source import Workshop
 from loft_hpc.training.buffers import Layout, ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.schedule import Schedule
+from loft_hpc.training.stopwatch import Stopwatch
 from loft_hpc.training.strategy import Advance, Strategy, bits, refuse_other_network, summed
 from loft_hpc.training.trainer import accumulate_gradients, stop_statistics
 
@@ -105,13 +105,13 @@ class ScoreSearch(Strategy):
         """Of frozen weights: how often weights were frozen before, plus the score that they had then."""
         self._sgd = torch.optim.SGD([self._scores], lr=0.1, momentum=shop.optimisation.momentum)
         self._sgd.state[self._scores]["momentum_buffer"] = self._momentum
-        self._step, self._exchange_seconds = 0, 0.0
+        self._step, self._exchanging = 0, Stopwatch(shop.device)
         self._switch()
 
     def advance(self, limit: int | None = None) -> Advance:
         ends = [step for step, _ in self._rule.freezings if step > self._step]
         end = min(self._step + STRETCH_STEPS, limit or self.total_steps, self.total_steps, *ends[:1])
-        self._exchange_seconds, first, losses = 0.0, self._step, []
+        first, losses = self._step, []
         for parts in self._world.paced(self._data.train_parts(self._orders, first, end - first)):
             losses.append(self._train(parts))
             self._step += 1
@@ -119,14 +119,13 @@ class ScoreSearch(Strategy):
         for step, count in self._rule.freezings:
             if step == self._step and diverged_at is None:  # what is not finite is not ranked; the session ends here
                 self._freeze(count)
-        return Advance(self._step, total * self._world.size / len(losses), self._exchange_seconds, diverged_at=diverged_at)
+        return Advance(self._step, total * self._world.size / len(losses), self._exchanging.take(), diverged_at=diverged_at)
 
     def _train(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         self._buffer.gradient.zero_()
         loss = sum(accumulate_gradients(self._network, part, self._batch, self._autocast) for part in parts)
-        start = time.perf_counter()
-        self._world.all_reduce_(self._buffer.gradient, "gradient")()
-        self._exchange_seconds += time.perf_counter() - start
+        with self._exchanging.running():
+            self._world.all_reduce_(self._buffer.gradient, "gradient")()
         self._scores.grad.copy_(
             score_gradient(
                 self._buffer.gradient, self._weights, self._scores.detach(), self._alive * self._searched, self._rule.regulariser

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from loft_hpc.comm.world import World
 from loft_hpc.errors import LoftError
-from loft_hpc.training.strategy import Strategy, bits
+from loft_hpc.training.strategy import Strategy, bit_sum
 
 _NEVER = 2**62
 _REMEDY = "start another run with a lower --lr (the checkpoints before are whole)"
@@ -41,8 +42,12 @@ class Consensus:
 
         Raises LoftError on all ranks where it does not: a checkpoint that nothing can go on from must not take the place of a good one.
         """
-        finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-        digest = sum(bits(tensor) for tensor in tensors.values()) % _NEVER
+        facts = [torch.stack([tensor.isfinite().all().long(), bit_sum(tensor)]) for tensor in tensors.values()]
+        # one wait for each device, not two for each tensor
+        facts = [
+            row for device in {one.device for one in facts} for row in torch.stack([one for one in facts if one.device == device]).tolist()
+        ]
+        finite, digest = all(row[0] for row in facts), sum(row[1] for row in facts) % _NEVER
         all_finite, lowest, minus_highest = self._world.smallest([finite, digest, -digest])
         if not all_finite:
             raise LoftError(f"the network's parameters, or their momentum, are not finite any more: {_REMEDY}")

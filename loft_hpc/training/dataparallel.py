@@ -1,6 +1,5 @@
 """Synchronous data-parallel training: every rank the whole network, its part of each batch, one all-reduce of one flat gradient."""
 
-import time
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +16,7 @@ from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.stopwatch import Stopwatch
 from loft_hpc.training.strategy import Advance, Strategy, bits, refuse_other_network, summed
 from loft_hpc.training.trainer import Trainer
 
@@ -53,12 +53,11 @@ class DataParallel(Strategy):
         if self._mask is not None:
             self._buffer.values.mul_(self._mask)
         self._step = 0
-        self._exchange_seconds = 0.0
+        self._exchanging = Stopwatch(device)
         world.broadcast_(self._buffer.values, "shared")()
 
     def advance(self, limit: int | None = None) -> Advance:
         steps = min(STRETCH_STEPS, (limit or self.total_steps) - self._step, self.total_steps - self._step)
-        self._exchange_seconds = 0.0
         losses = self._trainer.steps(
             self._world.paced(self._data.train_parts(self._orders, self._step + self.schedule.skipped_steps, steps)),
             self._step,
@@ -68,12 +67,11 @@ class DataParallel(Strategy):
         total, diverged_at = summed(losses, self._step, self._buffer.values)
         self._step += steps
         # A rank's loss is divided by the global batch: times the ranks it is a mean again.
-        return Advance(self._step, total * self._world.size / steps, self._exchange_seconds, diverged_at=diverged_at)
+        return Advance(self._step, total * self._world.size / steps, self._exchanging.take(), diverged_at=diverged_at)
 
     def _sum_gradients(self) -> None:
-        start = time.perf_counter()
-        self._world.all_reduce_(self._buffer.gradient, "gradient")()
-        self._exchange_seconds += time.perf_counter() - start
+        with self._exchanging.running():
+            self._world.all_reduce_(self._buffer.gradient, "gradient")()
         if self._mask is not None:
             # where the weight and its gradient are zero, momentum and weight decay stay zero too: nothing revives it
             self._buffer.gradient.mul_(self._mask)

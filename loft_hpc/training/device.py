@@ -9,6 +9,7 @@ import torch
 from loft_hpc.comm.launch import threads_chosen_by_user
 from loft_hpc.comm.world import World
 from loft_hpc.errors import LoftError
+from loft_hpc.training.settings import GPU_PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Placement:
     device: str
     threads: int
     gpus: int
+    precision: str
+    """Arithmetic of convolutions: float32, tf32 or bfloat16."""
     staged: bool
     """Whether exchange buffers go through pinned host memory."""
 
@@ -30,8 +33,14 @@ def place(wanted: str, precision: str, world: World) -> tuple[torch.device, Plac
     if wanted == "cuda" and not torch.cuda.is_available():
         raise LoftError("--device cuda: torch sees no GPU here; check nvidia-smi and `loft doctor`, or use --device cpu")
     gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
-    if precision == "bfloat16" and not gpus:
-        raise LoftError("--precision bfloat16 is for GPUs: leave it away on a CPU")
+    if precision in GPU_PRECISIONS and not gpus:
+        raise LoftError(f"--precision {precision} is for GPUs: omit it on a CPU")
+    if gpus:
+        precision = "tf32" if precision == "auto" else precision
+        exact = "tf32" if precision == "tf32" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = exact
+    else:
+        precision = "float32"
     device = torch.device("cuda", world.local_rank % gpus) if gpus else torch.device("cpu")
     direct = world.use_device(device, _gpus_to_themselves(device, world))
     if world.cores is None:
@@ -39,7 +48,12 @@ def place(wanted: str, precision: str, world: World) -> tuple[torch.device, Plac
         world.threads = threads_chosen_by_user() or world.cores
     threads = world.threads
     torch.set_num_threads(threads)
-    return device, Placement(str(device), threads, gpus, bool(gpus) and not direct)
+    return device, Placement(str(device), threads, gpus, precision, bool(gpus) and not direct)
+
+
+def precision_here(precision: str, device: str) -> str:
+    """That precision, or `auto` where it is a GPU's and there is none: for work that goes on with a run of another machine."""
+    return "auto" if precision in GPU_PRECISIONS and (device == "cpu" or not torch.cuda.is_available()) else precision
 
 
 def _gpus_to_themselves(device: torch.device, world: World) -> bool:

@@ -69,12 +69,14 @@ def reestimate_statistics(network: nn.Module, data: DataSet, settings: Evaluatio
     tracked = [(norm, norm.momentum, norm.track_running_stats) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum, norm.track_running_stats = None, True  # None: the plain average over the batches seen
+        norm.track_running_stats = True
     network.train()
     seen = 0
     for images, _ in world.paced(data.calibration_batches(settings.statistics_batches, settings.statistics_batch, world.rank, world.size)):
-        network(images)
         seen += 1
+        for norm in norms:
+            norm.momentum = 1 / seen  # the plain average over the batches; None means it too, but asks the device for their number
+        network(images)
     statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
     sums = torch.cat([tensor * seen for tensor in statistics] + [torch.full((1,), float(seen), device=statistics[0].device)])
     world.all_reduce_(sums, "control")()
@@ -97,7 +99,9 @@ def score(network: nn.Module, data: DataSet, settings: Evaluation, world: World)
     for images, labels in world.paced(data.test_batches(settings.evaluation_batch, world.rank, world.size)):
         output = network(images)
         loss = F.cross_entropy(output, labels, reduction="sum")
-        sums += torch.stack([(output.argmax(1) == labels).sum().double(), torch.tensor(float(len(labels))).to(loss.device), loss.double()])
+        sums[0] += (output.argmax(1) == labels).sum()
+        sums[1] += len(labels)
+        sums[2] += loss.double()
     world.all_reduce_(sums, "control")()
     correct, images, loss = sums.tolist()
     if not math.isfinite(loss):

@@ -8,7 +8,8 @@ from loft_hpc.errors import LoftError
 from loft_hpc.training.interval import Interval
 
 SCHEDULES = ("cosine", "step", "constant")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
+GPU_PRECISIONS = ("tf32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_EPOCHS = 1_000_000
 MAX_IMAGES_AT_ONCE = 10_000
@@ -75,8 +76,9 @@ class Computation:
 
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu` or `cuda`."""
-    precision: str = "float32"
-    """`bfloat16` runs convolutions under autocast, on GPUs only; parameters stay float32."""
+    precision: str = "auto"
+    """`float32` means float32, also on GPUs; `tf32` is float32 whose products are rounded to 10 bits, `bfloat16` runs convolutions under
+    autocast, both on GPUs only; parameters stay float32. `auto` is tf32 on a GPU and float32 on a CPU."""
 
     def __post_init__(self):
         if self.device not in DEVICES:

@@ -45,9 +45,14 @@ def summed(losses: Tensor, first_step: int, *held: Tensor) -> tuple[float, int |
     return sum(values[:steps]), None if wrong is None else first_step + min(wrong + 1, steps)
 
 
+def bit_sum(tensor: Tensor) -> Tensor:
+    """A sum over the bits of a float32 tensor, which any single change alters; int64, on its device."""
+    return tensor.reshape(-1).view(torch.int32).sum(dtype=torch.int64)
+
+
 def bits(tensor: Tensor) -> int:
-    """A sum over the bits of a float32 tensor, which any single change alters."""
-    return int(tensor.reshape(-1).view(torch.int32).sum(dtype=torch.int64))
+    """The same as a number."""
+    return int(bit_sum(tensor))
 
 
 def refuse_other_network(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
