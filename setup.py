@@ -35,7 +35,7 @@ setup(
         "tomli>=2; python_version < '3.11'",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6", "torch-pruning>=1.5", *export],
+        "test": ["pytest>=8", "hypothesis>=6", "torch-pruning>=1.5", *export],
         "energy": ["nvidia-ml-py", "codecarbon"],
         "export": export,
     },
