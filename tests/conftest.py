@@ -1,10 +1,8 @@
-"""For every test: this folder on the path, for the modules that tests share, and how many examples test_fuzz.py tries, and the order
-of files."""
+"""For every test: this folder on the path, for the modules that tests share, and how many examples test_fuzz.py tries."""
 
 import sys
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,8 +16,3 @@ _ALWAYS = {
 settings.register_profile("short", **_ALWAYS, max_examples=12, derandomize=True)
 settings.register_profile("long", **_ALWAYS, max_examples=200, derandomize=False)
 settings.load_profile("short")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """test_ranks.py takes as long as all others together: where there are two processes, one begins with it."""
-    items.sort(key=lambda item: item.path.name != "test_ranks.py")

@@ -93,7 +93,7 @@ def test_a_ticket_has_what_it_takes_to_be_run(made, name):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     reestimate_statistics(network, data, Evaluation(statistics_batches=2), Alone())
     for name_, tensor in network.state_dict().items():
-        torch.testing.assert_close(tensor, before[name_])
+        torch.testing.assert_close(tensor, before[name_], rtol=1e-4, atol=1e-4)  # batches of another make, summed in another order
     facts = network.metadata
     assert tuple(facts["mean"]) == data.info.mean and tuple(facts["std"]) == data.info.std and tuple(facts["classes"]) == data.info.classes
     assert (facts["channels"], facts["image_size"], facts["num_classes"]) == (1, 8, 10)

@@ -126,7 +126,7 @@ def test_a_transfer_to_the_same_classes_keeps_the_classifier(folder, tmp_path):
     assert told.code == 0 and "the classifier is the ticket's" in told.out
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     told = run("retrain", ticket, *SHORT, *there, "--new-classifier", "--run", tmp_path / "c", "--format", "json")
-    assert "drawn anew" in json.loads(told.out)["notes"][0]
+    assert "initialised anew" in json.loads(told.out)["notes"][0]
     start = [read_tensors(tmp_path / name / "snapshots/epoch-000.safetensors") for name in "ac"]
     assert {name for name in start[0] if not torch.equal(start[0][name], start[1][name])} == {"fc.weight", "fc.bias"}
 

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t
 
-from loft_hpc.analysis.statistics import mean_interval
+from loft_hpc.analysis.statistics import mean_interval, student
 
 TICKET, DENSE = "ticket", "dense"
 WINNING, BETTER, NO_BETTER, INCONCLUSIVE = "winning", "better than random", "no better than random", "inconclusive"
@@ -93,7 +92,7 @@ def _seeds_for(differences: Sequence[float], distance: float) -> int | None:
     if len(differences) < 2:
         return None
     counts = np.arange(2, MOST_SEEDS + 1)
-    half_widths = t.ppf(0.975, counts - 1) * np.std(differences, ddof=1) / np.sqrt(counts)
+    half_widths = student(0.95, counts - 1) * np.std(differences, ddof=1) / np.sqrt(counts)
     enough = counts[half_widths < distance]
     return max(int(enough[0]), len(differences) + 1) if len(enough) else None
 

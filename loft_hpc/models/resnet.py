@@ -123,7 +123,9 @@ def build(architecture: Architecture, hidden_widths: Mapping[str, int] | None = 
     if seed is None:
         with torch.device("meta"):
             network = ResidualNetwork(architecture, widths)
-        network = network.to_empty(device="cpu")
+        # as Module.to_empty does, for which torch loads all that it needs to trace programs
+        empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in network.state_dict().items()}
+        network.load_state_dict(empty, assign=True)
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_running_stats()

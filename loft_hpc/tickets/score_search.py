@@ -20,7 +20,7 @@ from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.schedule import Schedule
 from loft_hpc.training.stopwatch import Stopwatch
 from loft_hpc.training.strategy import Advance, Strategy, bits, refuse_other_network, summed
-from loft_hpc.training.trainer import accumulate_gradients, stop_statistics
+from loft_hpc.training.trainer import accumulate_gradients, sgd_step, stop_statistics
 
 STRETCH_STEPS = 8
 ROUNDING = 0.5
@@ -103,8 +103,6 @@ class ScoreSearch(Strategy):
         self._alive = torch.ones_like(drawn)
         self._fate = torch.zeros_like(drawn)
         """Of frozen weights: how often weights were frozen before, plus the score that they had then."""
-        self._sgd = torch.optim.SGD([self._scores], lr=0.1, momentum=shop.optimisation.momentum)
-        self._sgd.state[self._scores]["momentum_buffer"] = self._momentum
         self._step, self._exchanging = 0, Stopwatch(shop.device)
         self._switch()
 
@@ -131,9 +129,8 @@ class ScoreSearch(Strategy):
                 self._buffer.gradient, self._weights, self._scores.detach(), self._alive * self._searched, self._rule.regulariser
             )
         )
-        for group in self._sgd.param_groups:
-            group["lr"] = self.schedule.lr_at(self._step)
-        self._sgd.step()
+        lr, momentum = self.schedule.lr_at(self._step), self.schedule.optimisation.momentum
+        sgd_step([self._scores], [self._scores.grad], [self._momentum], lr, momentum, 0)
         self._switch()
         return loss
 

@@ -62,6 +62,3 @@ class ParameterBuffer:
                 self.views[name].copy_(parameter)
             parameter.data = self.views[name]
             parameter.grad = gradients[name]
-        # What the optimiser steps: one tensor for all parameters, element by element the same arithmetic as one for each.
-        self.flat = nn.Parameter(self.values)
-        self.flat.grad = self.gradient

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from loft_hpc.data.dataset import Batch
 from loft_hpc.training.buffers import ParameterBuffer
@@ -28,20 +29,26 @@ def stop_statistics(network: nn.Module) -> None:
             module.track_running_stats = False
 
 
+@torch.no_grad()
+def sgd_step(
+    values: Sequence[Tensor], gradients: Sequence[Tensor], momenta: Sequence[Tensor], lr: float, momentum: float, weight_decay: float
+) -> None:
+    """A step of torch's SGD on tensors with their gradients and momentum buffers.
+
+    Its functional form, bit by bit what the class does; to make one of the class, torch loads its compiler, which takes two seconds.
+    """
+    sgd(
+        list(values), list(gradients), list(momenta),
+        lr=lr, momentum=momentum, weight_decay=weight_decay, dampening=0, nesterov=False, maximize=False,
+    )  # fmt: skip
+
+
 class FlatSGD:
     """torch's SGD over flat buffers, with a learning rate that is a function of the step."""
 
     def __init__(self, buffers: Sequence[ParameterBuffer], schedule: Schedule):
         self._buffers = [buffer for buffer in buffers if buffer.layout.numel]
-        self._schedule, optimisation = schedule, schedule.optimisation
-        self._sgd = torch.optim.SGD(
-            [buffer.flat for buffer in self._buffers],
-            lr=optimisation.lr,
-            momentum=optimisation.momentum,
-            weight_decay=optimisation.weight_decay,
-        )
-        for buffer in self._buffers:
-            self._sgd.state[buffer.flat]["momentum_buffer"] = buffer.momentum
+        self._schedule = schedule
 
     def zero_gradients(self) -> None:
         for buffer in self._buffers:
@@ -49,9 +56,9 @@ class FlatSGD:
 
     def step(self, number: int) -> None:
         """Update the parameters; `number` counts from 0 over the whole training."""
-        for group in self._sgd.param_groups:
-            group["lr"] = self._schedule.lr_at(number)
-        self._sgd.step()
+        values, gradients, momenta = zip(*((one.values, one.gradient, one.momentum) for one in self._buffers), strict=True)
+        optimisation = self._schedule.optimisation
+        sgd_step(values, gradients, momenta, self._schedule.lr_at(number), optimisation.momentum, optimisation.weight_decay)
 
     def reset_momentum(self) -> None:
         for buffer in self._buffers:

@@ -20,9 +20,9 @@ SHORTER = {
     "retrain": TRAINING,
     "check": [*TRAINING, "--seeds", "1"],
     "sweep": TRAINING,
-    "compare": ["--repetitions", "1", "--no-energy", "--no-robustness"],
+    "compare": ["--repetitions", "2", "--no-energy", "--no-robustness"],
 }
-STANDS_FOR = {"METHOD": ["random"], "DIR": ["flowers"], "RUN": ["runs/RUN"]}
+STANDS_FOR = {"METHOD": ["random"], "DIR": ["flowers"]}
 
 
 def commands() -> list[str]:
