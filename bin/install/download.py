@@ -13,7 +13,7 @@ BUILD = ["setuptools>=77,<81", "wheel", "packaging"]
 HOROVOD = ["cloudpickle", "psutil", "pyyaml", "cffi>=1.4", "cmake>=3.20,<4"]
 
 
-def main(folder: str, engine: str, cluster_mpicxx: str, system_torch: str) -> None:
+def main(folder: str, engine: str, cluster_mpicxx: str, system_torch: str, extra: str) -> None:
     pins = [line for line in (HERE / "pins.txt").read_text().splitlines() if "==" in line]
     with tempfile.TemporaryDirectory() as place:
         venv.create(place, with_pip=True)
@@ -31,8 +31,8 @@ def main(folder: str, engine: str, cluster_mpicxx: str, system_torch: str) -> No
         print(f"setup: fetching into {folder}", flush=True)
         pip("install", *BUILD)
         pip("install", "--no-build-isolation", "--no-deps", str(ROOT))
-        extra = ["without-mpi"] if cluster_mpicxx else []
-        listed = subprocess.run([python, str(HERE / "requirements.py"), "test", *extra], capture_output=True, text=True, check=True)
+        less = ["without-mpi"] if cluster_mpicxx else []
+        listed = subprocess.run([python, str(HERE / "requirements.py"), extra, *less], capture_output=True, text=True, check=True)
         wanted = [line for line in listed.stdout.split() if not (system_torch and line.startswith(("torch>", "torchvision")))]
         fetch(*BUILD)
         fetch("--constraint", str(constraints), *(["--no-deps"] if system_torch else []), *wanted)

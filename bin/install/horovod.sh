@@ -11,7 +11,7 @@ sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0  # of th
 # Built already against the same torch, MPI and options: leave it.
 built=$( { cat "$here/pins.txt" "$patch" "$0"; echo "$gpu"; mpicxx -show; python --version; python -c "import torch; print(torch.__version__)"; } | sha256sum | cut -d' ' -f1 )
 stamp=$VIRTUAL_ENV/.horovod-build
-if [ "$(cat "$stamp" 2>/dev/null)" = "$built" ] && python -c 'import horovod.torch' 2>/dev/null; then
+if [ -z "${HOROVOD_WHEEL:-}" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$built" ] && python -c 'import horovod.torch' 2>/dev/null; then
     exit 0
 fi
 rm -f "$stamp"
@@ -39,9 +39,13 @@ if [ "$gpu" = yes ]; then
 else
     export HOROVOD_CPU_ONLY=1
 fi
-pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir "$work/source" >"$work/log" 2>&1 ||
+# HOROVOD_WHEEL names a folder for the wheel, to be installed elsewhere.
+make=(install --force-reinstall)
+[ -z "${HOROVOD_WHEEL:-}" ] || make=(wheel --wheel-dir "$HOROVOD_WHEEL")
+pip "${make[@]}" --no-build-isolation --no-deps --no-cache-dir "$work/source" >"$work/log" 2>&1 ||
     { grep -E 'error|Error|Could not|Unable' "$work/log" | head -n 20 >&2 || true  # grep finds nothing, or head closes the pipe
       log=$VIRTUAL_ENV/horovod-build.log; cp "$work/log" "$log"
       die "Horovod did not compile" "the log is in $log; it needs GCC 11 or newer and a complete MPI${CUDA_HOME:+, and the CUDA of $CUDA_HOME}"; }
+[ -z "${HOROVOD_WHEEL:-}" ] || exit 0
 python -c 'import horovod.torch as hvd; assert hvd.mpi_built()' || die "Horovod was built but does not load" "run .venv/bin/python -c 'import horovod.torch' to see why"
 echo "$built" > "$stamp"
