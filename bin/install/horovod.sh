@@ -45,7 +45,7 @@ make=(install --force-reinstall)
 pip "${make[@]}" --no-build-isolation --no-deps --no-cache-dir "$work/source" >"$work/log" 2>&1 ||
     { grep -E 'error|Error|Could not|Unable' "$work/log" | head -n 20 >&2 || true  # grep finds nothing, or head closes the pipe
       log=$VIRTUAL_ENV/horovod-build.log; cp "$work/log" "$log"
-      die "Horovod did not compile" "the log is in $log; it needs GCC 11 or newer and a complete MPI${CUDA_HOME:+, and the CUDA of $CUDA_HOME}"; }
+      die "Horovod did not compile" "the log is in $log; it needs GCC 11 or newer and a complete MPI${CUDA_HOME:+, and the CUDA of $CUDA_HOME}; or do without it: bin/setup --engine mpi4py"; }
 [ -z "${HOROVOD_WHEEL:-}" ] || exit 0
 python -c 'import horovod.torch as hvd; assert hvd.mpi_built()' || die "Horovod was built but does not load" "run .venv/bin/python -c 'import horovod.torch' to see why"
 echo "$built" > "$stamp"
