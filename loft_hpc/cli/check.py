@@ -97,8 +97,8 @@ def command(context: click.Context, ticket: str, format: str, **options: Any) ->
     in place of the highest (inverted); random units of as many parameters, at densities that do not know the ticket's (random).
 
     The verdict, at 95 % confidence from differences seed by seed. better than random: ahead of every control. winning: also at most --xi
-    points behind the dense network, which had the same start and the same training. no better than random: ahead of some control by less
-    than --xi points, if at all. inconclusive: anything else; the number of seeds that would settle it is said.
+    points behind the dense network, which had the same start and the same training. no better than random: for sure less than --xi points
+    ahead of one of the controls. inconclusive: anything else; the number of seeds that would settle it is said.
 
     Each rank trains by itself, so give as many ranks as there are cores to spare. What is done is not done again: give the same command
     after an interruption, or with more --seeds. loft compare takes the trainings under TICKET/checks.
