@@ -23,7 +23,7 @@ from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.pruning import emptied_line
 from loft_hpc.data.registry import DataSettings, Reading
-from loft_hpc.jobs.check import CONTROLS, TESTS, CheckSettings, check, to_fields
+from loft_hpc.jobs.check import CONTROLS, TESTS, CheckSettings, check, folder_of, to_fields
 from loft_hpc.jobs.comparable import start_text
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, ticket_data
 from loft_hpc.jobs.stops import LEFT, stability, stability_sentence
@@ -35,7 +35,7 @@ from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, O
 from loft_hpc.training.watching import Oversight
 
 MANY_SEEDS = 20
-"""Beyond which longer trainings cost less than more of them."""
+"""Beyond which more epochs are advised as well as more seeds."""
 
 
 class CheckProgress:
@@ -86,7 +86,7 @@ def _rewind(context: click.Context, parameter: click.Parameter, test: str) -> st
 @precision_option
 @click.option(
     "--name",
-    help="Folder under TICKET/checks: one for each recipe.  [default: default; for other tests than the practical one, as they are called]",
+    help="Folder under TICKET/checks: one for each recipe.  [default: the test's name; `default` for practical]",
 )
 @format_option
 @click.pass_context
@@ -106,12 +106,7 @@ def command(context: click.Context, ticket: str, format: str, **options: Any) ->
     Example: mpirun -np 4 loft check runs/RUN/tickets/gem-miner-seed0-0.95 --epochs 10
     """
     job: Job = context.obj
-    test = (
-        "default"
-        if options["rewind"] == TESTS["practical"]
-        else next((name for name, at in TESTS.items() if at == options["rewind"]), options["rewind"])
-    )
-    settings = fill(CheckSettings, options | {"name": options["name"] or test.replace(":", "-")})
+    settings = fill(CheckSettings, options | {"name": options["name"] or folder_of(options["rewind"])})
     refuse_path(settings.name)
     parts = {
         "optimisation": fill(Optimisation, options),
@@ -145,7 +140,7 @@ def command(context: click.Context, ticket: str, format: str, **options: Any) ->
     header = ["network", "parameters, %", "FLOPs, %", "accuracy, %", "ticket ahead by, points", "passed", "what it is"]
     notes = [emptied_line(f"{ticket} ({variant.name})", variant.emptied) for variant in checked.variants if variant.emptied]
     if settings.seeds < 3:
-        notes.append(f"note: {settings.seeds} seed{'s' * (settings.seeds > 1)} can tell little: intervals are wide below 3")
+        notes.append(f"note: {settings.seeds} seed{'s' * (settings.seeds > 1)} cannot tell much: give 3 or more")
     if unmoved := _unmoved(Path(ticket), job):
         notes.append(f"note: {unmoved}")
     if checked.note:
@@ -164,7 +159,7 @@ def command(context: click.Context, ticket: str, format: str, **options: Any) ->
 
 
 def _unmoved(ticket: Path, job: Job) -> str | None:
-    """What the run says of its rankings, where they have not left the initial ones: such a ticket is as good as a random one."""
+    """What the ticket's run says of its rankings, where they have not left the initial ones."""
 
     def look() -> str | None:
         found = stability(Run.open(ticket.parent.parent)) if (ticket.parent.parent / "run.json").is_file() else None
@@ -180,7 +175,7 @@ def next_step(ticket: str, verdict: Verdict, settings: CheckSettings) -> str:
     if any(one.passed == OPEN for one in verdict.comparisons) and needed <= MOST_SEEDS:
         more = f"next: the same command with --seeds {max(needed, settings.seeds + 2)}; what is trained is kept"
         if needed > MANY_SEEDS:
-            more += ". So many are needed where networks are not trained out: rather more --epochs, with a --name of their own"
+            more += ". So many seeds may mean too little training: more --epochs, with another --name, may tell sooner"
         return more
     return "next: another --method or a smaller --ratio of loft prune, or more --epochs of retraining with a --name of their own"
 

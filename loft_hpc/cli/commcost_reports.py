@@ -69,9 +69,7 @@ def case_report(predictions: list[Prediction], settings: PretrainSettings, clust
     ]
     strategies = {prediction.strategy for prediction in predictions if not prediction.impossible}
     if "loft" in strategies and len(strategies) > 1 and not settings.loft.shard_data:
-        notes += [
-            "An epoch of loft is every worker's own walk through all images (--shard-data: a shard); of the others, one walk of all together."
-        ]
+        notes += ["In an epoch every worker of loft sees all images (--shard-data: a shard); the workers of the others share them."]
     if cluster:
         notes += [
             f"Times: alpha-beta model of {cluster.name} ({cluster.described}).",
@@ -99,9 +97,9 @@ def _how_many_times_fewer(predictions: list[Prediction], settings: PretrainSetti
         ]
         if not found:
             continue
-        walks = 1 if settings.loft.shard_data else workers
+        passes = 1 if settings.loft.shard_data else workers
         told = " and ".join(_than(ratio, name) for name, ratio in found)
-        more = f"; for as many images, {' and '.join(_than(walks * ratio, name) for name, ratio in found)}" if walks > 1 else ""
+        more = f"; for as many images, {' and '.join(_than(passes * ratio, name) for name, ratio in found)}" if passes > 1 else ""
         lines.append(f"{workers} workers: in as many epochs, LoFT hands over {told}{more}.")
     return lines
 

@@ -293,7 +293,7 @@ def _alike(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[str]]:
     for entry in entries:
         fingerprint = entry.run.required("data", dict).get("fingerprint")
         groups.setdefault((entry.run.dense_architecture, fingerprint), []).append(entry)
-    (network, fingerprint), chosen = max(groups.items(), key=lambda group: len(group[1]))
+    (network, _), chosen = max(groups.items(), key=lambda group: len(group[1]))
     notes = []
     for other, left in groups.items():
         if left is not chosen:

@@ -178,8 +178,6 @@ def look(dataset: str, folder: Path, leave_out: tuple[str, ...] = ()) -> tuple[F
     info = data.info
     without = f", {len(leave_out):,} left out" if leave_out else ""
     found = f"{info.num_classes:,} classes, {info.train_images:,} training and {info.test_images:,} test images{without}"
-    if dataset in IMAGE_FOLDERS:
-        found += " by their names; --every-image decodes them"
     return Finding(dataset, "ok", found), data
 
 
