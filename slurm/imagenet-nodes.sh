@@ -20,7 +20,7 @@
 
 # One core of a rank computes, the others decode images. With shards, N workers share an epoch; without, each sees all images.
 loaders=$((${SLURM_CPUS_PER_TASK:-1} - 1))
-: "${LOFT_OPTIONS=--shard-data --loader-workers $loaders}" "${LOFT_RETRAIN_OPTIONS=--loader-workers $loaders}"
+LOFT_OPTIONS="--shard-data --loader-workers $loaders ${LOFT_OPTIONS:-}" LOFT_RETRAIN_OPTIONS="--loader-workers $loaders ${LOFT_RETRAIN_OPTIONS:-}"
 
 common=${LOFT_HOME:-${SLURM_SUBMIT_DIR:-.}}/slurm/common.sh
 [ -f "$common" ] || { echo "slurm: no $common: type sbatch in the checkout of loft-hpc, or set LOFT_HOME to it" >&2; exit 1; }

@@ -228,6 +228,19 @@ def test_images_of_a_case_are_those_of_all_workers(capsys):
             assert row["images"] == 3 * 64 * (loft[row["workers"]] if row["strategy"] == "loft" else 781)
 
 
+def test_a_case_says_how_many_times_fewer(capsys):
+    """By epochs and by images: quotients of the rows; what GPipe cannot do is left out."""
+    case = ["commcost", "--preset", "imagenet-preresnet18", "--workers", "4,16"]
+    assert run([*case, "--format", "json"]) == 0
+    rows = {(row["strategy"], row["workers"]): row["handed_over_bytes"] for row in json.loads(capsys.readouterr().out)["cases"]}
+    assert run(case) == 0
+    four, sixteen = (line for line in capsys.readouterr().out.splitlines() if "workers: in as many epochs" in line)
+    found = [float(number) for number in re.findall(r"([\d.]+) times fewer", four)]
+    ratios = [rows[other, 4] / rows["loft", 4] for other in ("gpipe", "data-parallel")]
+    assert found == pytest.approx([*ratios, *(4 * ratio for ratio in ratios)], rel=0.01)
+    assert four.startswith("4 workers: ") and sixteen.startswith("16 workers: ") and "gpipe" not in sixteen
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_is_a_case(capsys, name):
     rows = case(capsys, "--preset", name, "--workers", "2", "--strategy", "loft", "--strategy", "data-parallel")

@@ -111,7 +111,9 @@ def test_the_poster_s_cifar_row_as_one_run(tmp_path, capsys):
     path = made(tmp_path / "run", "loft", model="preresnet34", widen=2.0, dataset="cifar10", rounds=500, local_iterations=5, batch_size=50)
     line = told(capsys, path)[0]
     assert line.startswith("LoFT handed over 144 GB (delivered 339 GB, on the wire ") and " for 500,000 images on 4 workers: " in line
-    assert "3.2 times fewer than GPipe's 459 GB and " in line and line.endswith("(predicted for as many images and workers, not measured).")
+    assert "3.2 times fewer than GPipe's 459 GB and " in line and line.endswith(" for as many images (predicted, not measured).")
+    second = told(capsys, path)[1]
+    assert second.startswith("In as many epochs, which are 4 times fewer images for them: 1.3 times as many as GPipe's 115 GB and ")
     predicted = json.loads("\n".join(told(capsys, path, "--format", "json")))["predicted"]
     gpipe, parallel = (one["handed_over_bytes"] for one in predicted)
     assert gpipe == 2 * 4 * 500_000 * (65536 + 32768 + 16384)
@@ -152,8 +154,8 @@ def test_totals_come_first_and_every_column_is_explained_below(tmp_path, capsys)
     columns = [name for name in re.split(r"  +", header) if name not in ("run", "strategy", "workers")]
     assert columns == ["handed over", "delivered", "on the wire", "besides", "images", "per image"]
     assert all(any(f"{name}: " in note for note in lines[2:]) for name in columns)
-    quoted = [note for note in lines if "A paper quotes this column" in note]
-    assert len(quoted) == 1 and quoted[0].startswith("handed over: ") and "the LoFT poster's table counts this way" in quoted[0]
+    quoted = [note for note in lines if "The LoFT poster's table counts this way" in note]
+    assert len(quoted) == 1 and quoted[0].startswith("handed over: ") and "The LoFT poster's table counts this way" in quoted[0]
     assert not any(line.endswith("equal") for line in lines)
 
 

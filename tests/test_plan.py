@@ -112,6 +112,16 @@ def test_every_script_can_be_planned(capsys, monkeypatch, script):
     assert plan["sum"]["images"] > 0 and plan["sum"]["seconds"] is None and not plan["warnings"]
 
 
+def test_options_add_to_those_of_the_script(monkeypatch):
+    """More options do not take --shard-data away, without which 16 ranks take as long as 4."""
+    monkeypatch.chdir(ROOT)
+    environment = dict(os.environ) | {"LOFT_OPTIONS": "--checkpoint-every 200it", "LOFT_RETRAIN_OPTIONS": "--seed 3"}
+    commands = read_script(Path("slurm/imagenet-nodes.sh"), environment, ROOT).commands
+    pretrain, retrain = (next(words for words in commands if words[0] == name) for name in ("pretrain", "retrain"))
+    assert "--shard-data" in pretrain and pretrain[pretrain.index("--checkpoint-every") + 1] == "200it"
+    assert "--loader-workers" in retrain and retrain[retrain.index("--seed") + 1] == "3"
+
+
 def test_variables_count_as_for_sbatch(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     for name, value in {

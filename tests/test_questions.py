@@ -60,7 +60,7 @@ def test_is_it_a_winning_ticket(ask):
     lines = lines[next(place for place, line in enumerate(lines) if line.startswith("verdict")) :]
     assert lines[0].startswith("verdict: inconclusive (") and "--seeds 3" in lines[0]
     assert "trained weights, 1 seed" in lines[1] and lines[-1].startswith("next: the same command with --seeds 3")
-    classical = json.loads("\n".join(ask("check", CHECKED, "--test", "classical", "--name", "classical", "--seeds", "2", "--epochs", "1",
+    classical = json.loads("\n".join(ask("check", CHECKED, "--test", "classical", "--seeds", "2", "--epochs", "1",
                                          *SHORT, "--format", "json")))  # fmt: skip
     assert classical["start"] == "initial"
     found = {variant["variant"]: variant for variant in classical["variants"]}
@@ -106,6 +106,13 @@ def test_all_that_lies_in_runs_can_be_compared(ask, home):
     assert "note: runs/notes is passed over: it is no run" in lines
     assert "runs/nowhere is no folder" in ask("compare", "runs/RUN", "runs/nowhere", code=1)[0]
     assert "was not retrained yet: loft retrain" in ask("compare", "runs/RUN/tickets/random-seed0-0.8-init", code=1)[0]
+
+
+def test_what_leaves_untrained_is_said(ask):
+    """The file of a ticket has the weights that it was pruned with; that of its retraining is another."""
+    (untrained,) = [line for line in ask("export", TICKET, "--output", "ticket.safetensors") if line.startswith("test accuracy")]
+    (trained,) = [line for line in ask("export", "runs/RETRAINED", "--output", "run.safetensors") if line.startswith("test accuracy")]
+    assert "the ticket as it was pruned" in untrained and trained.endswith(")")
 
 
 def test_could_it_have_stopped(ask):

@@ -96,7 +96,14 @@ def test_intervals_are_students():
     ("curves", "snapshot", "says"),
     [
         ([[50, 80, 89.5, 90.2, 90]], "epoch:2", "could have stopped at epoch:2 of epoch:4"),
-        ([[50, 80, 89.5, 70, 90]], "epoch:4", "could not have stopped earlier"),  # one that is good by chance is not enough
+        (
+            [[50, 80, 89.5, 70, 90]],
+            "epoch:4",
+            "cannot be told: the ticket of epoch:2 is -0.50 points from that of epoch:4",
+        ),  # one that is good by chance is not enough
+        ([[50, 60, 70, 80, 90]], "epoch:4", "could not have stopped earlier: every earlier ticket is more than 1 point below"),
+        ([[50, 60, 70, 80, 90], [52, 61, 69, 81, 90]], "epoch:4", "could not have stopped earlier: every earlier ticket"),
+        ([[50, 60, 70, 88, 90], [50, 60, 70, 90, 90]], "epoch:4", "cannot be told: the ticket of epoch:3 is -1.00 +- 12.71 points"),
         ([[90, 90, 90, 90, 90]], "epoch:0", "do not tell when the ticket was there"),
         ([[50, 80, 89.5, 90, 90], [50, 80, 92, 90, 90]], "epoch:3", "2 runs"),  # in the mean near, but not surely
         ([[50, 80, 89.9, 90, 90], [50, 80, 90, 90, 90]], "epoch:2", "could have stopped at epoch:2"),

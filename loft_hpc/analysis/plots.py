@@ -237,6 +237,8 @@ def plot_tickets(contenders: Sequence[Contender], path: Path) -> None:
             axes.set_xscale("log")
             low, high = axes.get_xlim()
             marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= mark <= high]
+            if len(marks) < 2:  # densities so near to one another lie between the round ones
+                marks = sorted({float(f"{100 * one.density:.3g}") for one in here})
             axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
             axes.minorticks_off()
             axes.set_ylabel("test accuracy (%)")

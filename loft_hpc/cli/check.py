@@ -23,14 +23,19 @@ from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.pruning import emptied_line
 from loft_hpc.data.registry import DataSettings, Reading
-from loft_hpc.jobs.check import CONTROLS, TESTS, CheckSettings, check, to_fields
+from loft_hpc.jobs.check import CONTROLS, TESTS, CheckSettings, check, folder_of, to_fields
 from loft_hpc.jobs.comparable import start_text
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings, ticket_data
+from loft_hpc.jobs.stops import LEFT, stability, stability_sentence
 from loft_hpc.jobs.verdicts import DENSE, MOST_SEEDS, OPEN, RULE, TICKET, WINNING, Comparison, Verdict
+from loft_hpc.runs.run import Run
 from loft_hpc.screen import tell
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.settings import Checkpointing, Computation, Evaluation, Optimisation, Snapshots, Supervision
 from loft_hpc.training.watching import Oversight
+
+MANY_SEEDS = 20
+"""Beyond which more epochs are advised as well as more seeds."""
 
 
 class CheckProgress:
@@ -79,7 +84,10 @@ def _rewind(context: click.Context, parameter: click.Parameter, test: str) -> st
 @judging_options
 @device_option
 @precision_option
-@option(CheckSettings, "name", "Folder under TICKET/checks: one for each recipe.", type=str)
+@click.option(
+    "--name",
+    help="Folder under TICKET/checks: one for each recipe.  [default: the test's name; `default` for practical]",
+)
 @format_option
 @click.pass_context
 def command(context: click.Context, ticket: str, format: str, **options: Any) -> None:
@@ -89,8 +97,8 @@ def command(context: click.Context, ticket: str, format: str, **options: Any) ->
     in place of the highest (inverted); random units of as many parameters, at densities that do not know the ticket's (random).
 
     The verdict, at 95 % confidence from differences seed by seed. better than random: ahead of every control. winning: also at most --xi
-    points behind the dense network, which had the same start and the same training. no better than random: ahead of some control by less
-    than --xi points, if at all. inconclusive: anything else; the number of seeds that would settle it is said.
+    points behind the dense network, which had the same start and the same training. no better than random: for sure less than --xi points
+    ahead of one of the controls. inconclusive: anything else; the number of seeds that would settle it is said.
 
     Each rank trains by itself, so give as many ranks as there are cores to spare. What is done is not done again: give the same command
     after an interruption, or with more --seeds. loft compare takes the trainings under TICKET/checks.
@@ -98,7 +106,7 @@ def command(context: click.Context, ticket: str, format: str, **options: Any) ->
     Example: mpirun -np 4 loft check runs/RUN/tickets/gem-miner-seed0-0.95 --epochs 10
     """
     job: Job = context.obj
-    settings = fill(CheckSettings, options)
+    settings = fill(CheckSettings, options | {"name": options["name"] or folder_of(options["rewind"])})
     refuse_path(settings.name)
     parts = {
         "optimisation": fill(Optimisation, options),
@@ -131,6 +139,10 @@ def command(context: click.Context, ticket: str, format: str, **options: Any) ->
     ]
     header = ["network", "parameters, %", "FLOPs, %", "accuracy, %", "ticket ahead by, points", "passed", "what it is"]
     notes = [emptied_line(f"{ticket} ({variant.name})", variant.emptied) for variant in checked.variants if variant.emptied]
+    if settings.seeds < 3:
+        notes.append(f"note: {settings.seeds} seed{'s' * (settings.seeds > 1)} cannot tell much: give 3 or more")
+    if unmoved := _unmoved(Path(ticket), job):
+        notes.append(f"note: {unmoved}")
     if checked.note:
         notes.append(f"note: {checked.note}")
     epochs = options["epochs"]
@@ -146,12 +158,25 @@ def command(context: click.Context, ticket: str, format: str, **options: Any) ->
     job.show(format, {"ticket": ticket, **to_fields(checked)}, "\n".join(lines))
 
 
+def _unmoved(ticket: Path, job: Job) -> str | None:
+    """What the ticket's run says of its rankings, where they have not left the initial ones."""
+
+    def look() -> str | None:
+        found = stability(Run.open(ticket.parent.parent)) if (ticket.parent.parent / "run.json").is_file() else None
+        return stability_sentence(found) if found and found.epoch is None and found.from_initial <= LEFT else None
+
+    return job.world.on_root(look)
+
+
 def next_step(ticket: str, verdict: Verdict, settings: CheckSettings) -> str:
     if verdict.name == WINNING:
-        return f"next: loft export {ticket} --output FILE.onnx, or loft measure {ticket}"
+        return f"next: loft retrain {ticket}, and loft export of its run"
     needed = verdict.seeds_needed or 0
     if any(one.passed == OPEN for one in verdict.comparisons) and needed <= MOST_SEEDS:
-        return f"next: the same command with --seeds {max(needed, settings.seeds + 2)}; what is trained is kept"
+        more = f"next: the same command with --seeds {max(needed, settings.seeds + 2)}; what is trained is kept"
+        if needed > MANY_SEEDS:
+            more += ". So many seeds may mean too little training: more --epochs, with another --name, may tell sooner"
+        return more
     return "next: another --method or a smaller --ratio of loft prune, or more --epochs of retraining with a --name of their own"
 
 

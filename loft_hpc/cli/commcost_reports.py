@@ -3,13 +3,13 @@
 from loft_hpc.analysis.poster import PosterRow
 from loft_hpc.analysis.timing import Cluster
 from loft_hpc.cli.context import Report
-from loft_hpc.cli.units import bytes_text
+from loft_hpc.cli.units import bytes_text, times_text
 from loft_hpc.jobs.prediction import Prediction, winners
 from loft_hpc.jobs.pretrain import PretrainSettings
 
 COLUMNS = [
     "handed over: what the workers put into the exchanges of rounds and steps, each worker's part counted once. "
-    "A paper quotes this column and says so: the LoFT poster's table counts this way.",
+    "The LoFT poster's table counts this way, and it is where LoFT looks best: say so, and give one of the others beside it.",
     "delivered: what the workers receive from these exchanges. An all-gather brings every part to every worker, so this is more.",
     "on the wire: what the workers send over the network for them, all-reduces and all-gathers being rings (docs/communication.md).",
 ]
@@ -61,7 +61,7 @@ def case_report(predictions: list[Prediction], settings: PretrainSettings, clust
                 "impossible": prediction.impossible or None,
             }
         )
-    notes = [title(settings) + "."]
+    notes = [title(settings) + ".", *_how_many_times_fewer(predictions, settings)]
     notes += [
         "By the closed formulas: all workers together, over the whole training, without its start, evaluations and checkpoints.",
         *COLUMNS,
@@ -69,9 +69,7 @@ def case_report(predictions: list[Prediction], settings: PretrainSettings, clust
     ]
     strategies = {prediction.strategy for prediction in predictions if not prediction.impossible}
     if "loft" in strategies and len(strategies) > 1 and not settings.loft.shard_data:
-        notes += [
-            "An epoch of loft is every worker's own walk through all images (--shard-data: a shard); of the others, one walk of all together."
-        ]
+        notes += ["In an epoch every worker of loft sees all images (--shard-data: a shard); the workers of the others share them."]
     if cluster:
         notes += [
             f"Times: alpha-beta model of {cluster.name} ({cluster.described}).",
@@ -85,6 +83,29 @@ def case_report(predictions: list[Prediction], settings: PretrainSettings, clust
         numbers = ", ".join(str(prediction.workers) for prediction in missing)
         notes += [f"-: {strategy} cannot run on {numbers} workers: {missing[0].impossible}"]
     return Report(header, rows, records, notes)
+
+
+def _how_many_times_fewer(predictions: list[Prediction], settings: PretrainSettings) -> list[str]:
+    """LoFT beside each of the others, handed over, for every number of workers that both can have."""
+    possible = {(one.strategy, one.workers): one.handed_over_bytes for one in predictions if not one.impossible and one.handed_over_bytes}
+    lines = []
+    for workers in dict.fromkeys(workers for strategy, workers in possible if strategy == "loft"):
+        found = [
+            (name, possible[name, workers] / possible["loft", workers])
+            for name in ("gpipe", "data-parallel")
+            if (name, workers) in possible
+        ]
+        if not found:
+            continue
+        passes = 1 if settings.loft.shard_data else workers
+        told = " and ".join(_than(ratio, name) for name, ratio in found)
+        more = f"; for as many images, {' and '.join(_than(passes * ratio, name) for name, ratio in found)}" if passes > 1 else ""
+        lines.append(f"{workers} workers: in as many epochs, LoFT hands over {told}{more}.")
+    return lines
+
+
+def _than(ratio: float, name: str) -> str:
+    return f"{times_text(ratio)} times fewer bytes than {name}" if ratio >= 1 else f"{times_text(1 / ratio)} times as many as {name}"
 
 
 def _where_each_wins(best: dict[int, str]) -> list[str]:

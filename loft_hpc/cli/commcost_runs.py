@@ -39,7 +39,7 @@ def run_records(costs: Sequence[RunCost]) -> dict[str, list[dict]]:
 def answers(costs: Sequence[RunCost]) -> list[str]:
     """A sentence for every run beside the reference, or the one of a run alone."""
     if len(costs) == 1:
-        return [_alone(costs[0])]
+        return [_alone(costs[0]), *_in_as_many_epochs(costs[0])]
     names, reference = _names(costs), reference_among(costs)
     lines = [_beside(one, names) for one in ratios(costs)]
     if len(costs) > 2:
@@ -97,7 +97,20 @@ def _alone(cost: RunCost) -> str:
         f"on the wire {bytes_text(sent.wire_bytes)}) {on}"
     )
     others = " and ".join(_than(one) for one in baselines(cost) if one.handed_over_ratio is not None)
-    return _sentence(f"{text}: {others} (predicted for as many images and workers, not measured)" if others else text)
+    return _sentence(f"{text}: {others} for as many images (predicted, not measured)" if others else text)
+
+
+def _in_as_many_epochs(cost: RunCost) -> list[str]:
+    """The same by epochs, which are fewer images for the others where every worker of LoFT goes through all of them."""
+    found = [one for one in baselines(cost) if one.handed_over_ratio is not None]
+    if cost.passes == 1 or not found:
+        return []
+    others = " and ".join(
+        f"{_fewer(one.handed_over_ratio / cost.passes)} {'than' if one.handed_over_ratio > cost.passes else 'as'} {NAMES[one.strategy]}'s "
+        f"{bytes_text(one.totals.handed_over_bytes / cost.passes)}"
+        for one in found
+    )
+    return [_sentence(f"in as many epochs, which are {cost.passes} times fewer images for them: {others}")]
 
 
 def _than(one: Baseline) -> str:

@@ -1,7 +1,7 @@
 """`loft doctor`."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ def command(
     else:
         finding, data = look(dataset, Path(data_dir), leave_out)
         findings = [finding]
+        if finding.state == "ok" and dataset in IMAGE_FOLDERS and not every_image:
+            findings = [replace(finding, found=f"{finding.found}; not decoded yet (--every-image)")]
         if every_image and data is not None and job.speaks:
             broken = broken_images(data, loader_workers, _tell_progress)
             if broken_path is not None:

@@ -11,6 +11,8 @@ from loft_hpc.data.registry import Reading
 from loft_hpc.jobs.export import TOLERANCE, ExportSettings, export
 from loft_hpc.models.formats import FORMATS
 
+UNTRAINED = "; the ticket as it was pruned: loft retrain trains it, and loft export takes that run"
+
 
 @click.command("export")
 @click.argument("path", metavar="RUN_OR_TICKET", type=click.Path())
@@ -51,7 +53,7 @@ def command(
     score, difference = done.score, done.difference
     job.say(
         f"wrote {' and '.join(map(str, done.files))} ({chosen}, {done.parameters:,} parameters)\n"
-        f"test accuracy: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})\n"
+        f"test accuracy: {100 * score.accuracy:.2f} % ({score.correct} of {score.images}){UNTRAINED if (Path(path) / 'ticket.json').is_file() else ''}\n"
         f"read back and run on {difference.images} test images: largest difference {difference.absolute:.2g}, relative to the image's "
         f"largest score {difference.relative:.2g} (at most {TOLERANCE:g})" + (f"\nnote: {done.note}" if done.note else "")
     )

@@ -121,7 +121,7 @@ def command(
         ]
         for result in results
     ]
-    header = ["ticket", "pruned", "parameters", "of dense", "FLOPs of dense", "accuracy, not retrained", "epochs to find it"]
+    header = ["ticket", "pruned", "parameters", "of dense", "FLOPs of dense", "accuracy, not retrained", "epochs to find it, all workers"]
     emptied = [emptied_line(str(result.ticket.path), layers) for result in results if (layers := result.ticket.mask.emptied())]
     first = results[0].ticket
     lines = [

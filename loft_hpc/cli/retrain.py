@@ -141,5 +141,9 @@ def command(
     }
     what = "dense network" if dense else "ticket"
     lines = [f"test accuracy of the {what}: {100 * score.accuracy:.2f} % ({score.correct} of {score.images})", f"run: {path}"]
-    lines.append(f"next: loft compare {path} TICKETS" if dense else f"next: loft check {ticket}     # is it a winning ticket?")
+    lines.append(
+        f"next: loft compare {path} TICKETS"
+        if dense
+        else f"next: loft check {ticket}     # is it a winning ticket? The trained network: loft export {path}"
+    )
     job.show(format, fields, "\n".join(lines))

@@ -54,7 +54,7 @@ class Images(Dataset):
             name = index.names[number]
             return (
                 f"the image {self._folder / name} cannot be read ({image}): restore it, and --resume continues a training; "
-                f"or start anew with --leave-out FILE, a list that holds the line {to_line(name)}"
+                f"or start another --run with --leave-out FILE, a list that holds the line {to_line(name)}"
             )
         if place is None:
             return np.asarray(self._plain(image)), int(index.labels[number])

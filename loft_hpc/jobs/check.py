@@ -46,6 +46,12 @@ TESTS = {"practical": "none", "classical": "init"}
 """What `rewind` each test of `--test` stands for; any other is a snapshot."""
 
 
+def folder_of(rewind: str) -> str:
+    """Folder of a test under TICKET/checks: `default` for the practical one, else as the test is called."""
+    names = {TESTS["practical"]: "default"} | {rewind: test for test, rewind in TESTS.items() if test != "practical"}
+    return names.get(rewind, rewind.replace(":", "-"))
+
+
 @dataclass(frozen=True)
 class CheckSettings:
     seeds: int = 3

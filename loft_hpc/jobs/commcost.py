@@ -93,6 +93,8 @@ class RunCost:
     rounds: int | None
     images: int
     """Training images of all workers together, those of every repetition counted."""
+    passes: int
+    """Passes over the training images in an epoch, all workers together: one for each LoFT worker (with --shard-data one in all)."""
     network: Architecture
     parameters: int
     """Trainable parameters; with a mask of weights, all of them, since all travel."""
@@ -182,7 +184,8 @@ def run_cost(path: Path) -> RunCost:
         control.add(total.entry(operation, "control"))
     rounds = math.ceil(steps / settings.loft.local_iterations) if strategy == "loft" else None
     data = str(run.required("data", dict).get("name"))
-    return RunCost(path, strategy, workers, steps, rounds, seen.images, network, parameters, data, seen.image_size, rows, control)
+    passes = workers if strategy == "loft" and not settings.loft.shard_data else 1
+    return RunCost(path, strategy, workers, steps, rounds, seen.images, passes, network, parameters, data, seen.image_size, rows, control)
 
 
 def _run_flows(

@@ -112,11 +112,11 @@ def compare(paths: Sequence[Path], settings: MeasureSettings, reading: Reading, 
     """Group the runs by what found their ticket and by ratio, and measure the first of each group. Collective.
 
     A ticket stands for the runs that retrained it. Folders that are no run, and runs that are not finished, are passed over with a note.
-    Raises LoftError where nothing is left, and for runs that are not of one data set and network.
+    So are those of another network or data set than most have. Raises LoftError where nothing is left.
     """
     runs, notes = _runs_of(paths)
-    entries = [_entry(run) for run in runs]
-    _refuse_mixture(entries)
+    entries, others = _alike([_entry(run) for run in runs])
+    notes = [*notes, *others]
     groups: dict[tuple[str, str, float, str], list[_Entry]] = {}
     for entry in entries:
         groups.setdefault((entry.label, entry.kind, entry.ratio, entry.recipe), []).append(entry)
@@ -287,14 +287,19 @@ def energy_of(run: Run) -> Energy | None:
     return one_after_another(legs) if len(legs) == 1 + len(run.description.get("resumed") or []) else None
 
 
-def _refuse_mixture(entries: Sequence[_Entry]) -> None:
-    """Raises LoftError unless all come from one network and data set: anything else is no comparison."""
-    first = entries[0].run
-    for entry in entries[1:]:
-        if entry.run.dense_architecture != first.dense_architecture:
-            raise LoftError(f"{entry.run.path} comes from another network than {first.path}: compare tickets of one network")
-        if entry.run.required("data", dict).get("fingerprint") != first.required("data", dict).get("fingerprint"):
-            raise LoftError(f"{entry.run.path} was trained on other images than {first.path}: compare tickets of one data set")
+def _alike(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[str]]:
+    """Those of the network and data that most of the runs have, and a note for each of the others: they are no comparison."""
+    groups: dict[tuple, list[_Entry]] = {}
+    for entry in entries:
+        fingerprint = entry.run.required("data", dict).get("fingerprint")
+        groups.setdefault((entry.run.dense_architecture, fingerprint), []).append(entry)
+    (network, _), chosen = max(groups.items(), key=lambda group: len(group[1]))
+    notes = []
+    for other, left in groups.items():
+        if left is not chosen:
+            what = "comes from another network" if other[0] != network else "was trained on other images"
+            notes += [f"{entry.run.path} is passed over: it {what} than {chosen[0].run.path}; compare it by itself" for entry in left]
+    return chosen, notes
 
 
 def to_fields(contender: Contender, intensity: float = WORLD_GRAMS_PER_KWH) -> dict[str, Any]:

@@ -140,6 +140,8 @@ class Stop:
     """Of its 95 % interval; not a number for one run."""
     at_start: bool
     """Whether it is the first snapshot that was looked at: then these data do not show what pretraining is good for."""
+    earlier: tuple[tuple[str, float, float], ...]
+    """Of every snapshot before the last: its name, the difference of its ticket to the last one's, and half the width of the interval."""
 
     def saved(self) -> Saved:
         """By ending there, from what the runs say about themselves."""
@@ -166,7 +168,8 @@ def earliest_stops(points: Sequence[Point]) -> list[Stop]:
             first -= 1
         name, paths = common[first], tuple(own[0].run for own in by_run)
         epochs = tuple(next(point.epoch for point in own if point.snapshot == name) for own in by_run)
-        found.append(Stop(label, ratio, paths, epochs, name, common[-1], *differences[name], not first))
+        earlier = tuple((before, *differences[before]) for before in common[:-1])
+        found.append(Stop(label, ratio, paths, epochs, name, common[-1], *differences[name], not first, earlier))
     return found
 
 
@@ -179,7 +182,7 @@ def stop_sentence(stop: Stop, saving: Saved) -> str:
     runs = len(stop.runs)
     who = f"{stop.label}, {100 * stop.ratio:.4g} % pruned ({runs} run{'s' * (runs > 1)})"
     if stop.snapshot == stop.last:
-        return f"{who}: pretraining could not have stopped earlier: no ticket before {stop.last} is surely within {NEAR:g} point of its own"
+        return f"{who}: {_not_earlier(stop)}"
     interval = f" +- {stop.half_width:.2f}" if stop.half_width == stop.half_width else ", one run, no interval"
     said = (
         f"{who}: pretraining could have stopped at {stop.snapshot} of {stop.last}: from there on tickets are within {NEAR:g} point of the "
@@ -189,6 +192,19 @@ def stop_sentence(stop: Stop, saving: Saved) -> str:
     if stop.at_start:
         said += ". That is the first snapshot looked at: these data do not tell when the ticket was there"
     return said
+
+
+def _not_earlier(stop: Stop) -> str:
+    """That every earlier ticket is worse, or that these data do not tell."""
+    if all(difference + (half if half == half else 0) < -NEAR for _, difference, half in stop.earlier):
+        return f"pretraining could not have stopped earlier: every earlier ticket is more than {NEAR:g} point below that of {stop.last}"
+    name, difference, half = max(stop.earlier, key=lambda one: one[1])
+    interval = f" +- {half:.2f}" if half == half else ""
+    why = "one run does not say what is chance" if len(stop.runs) == 1 else f"{len(stop.runs)} runs leave too wide intervals"
+    return (
+        f"whether pretraining could have stopped earlier cannot be told: the ticket of {name} is {difference:+.2f}{interval} points from that of "
+        f"{stop.last}, but not all after it are within {NEAR:g} point of that for sure; {why}: sweep runs of more seeds together"
+    )
 
 
 def stop_fields(stop: Stop, saving: Saved) -> dict[str, Any]:

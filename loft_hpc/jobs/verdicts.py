@@ -13,7 +13,7 @@ YES, NO, OPEN = "yes", "no", "open"
 MOST_SEEDS = 1000
 RULE = (
     "better than random: ahead of every control; winning: also at most --xi points behind the dense network; "
-    "no better than random: ahead of some control by less than --xi points, if at all; inconclusive: anything else. "
+    "no better than random: for sure less than --xi points ahead of one of them; inconclusive: anything else. "
     "Each at 95 % confidence, from differences seed by seed"
 )
 

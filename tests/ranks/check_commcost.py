@@ -59,6 +59,7 @@ CASES = {
     "data-parallel": (["--strategy", "data-parallel"], {("allreduce", "gradient"), ("broadcast", "shared")}),
     "gpipe": (["--strategy", "gpipe", "--split", "balanced", "--micro-batches", "3"], PIPED),
 }  # fmt: skip
+AT_FOUR = ("loft", "loft, alltoall", "loft, alltoall, bfloat16, momentum", "data-parallel", "gpipe")
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +79,8 @@ def check(world, path: Path, rows: set) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_ledger_equals_the_formula(world, folder, name):
+    if world.size == 4 and name not in AT_FOUR:
+        pytest.skip("the formulas hold for any number of ranks: all cases at 3, these at 4 as well")
     options, rows = CASES[name]
     path = folder / name.replace(", ", "-")
     assert run(["pretrain", *SMALL, *options, "--run", str(path)]) == 0

@@ -22,7 +22,7 @@ from loft_hpc.training.settings import Optimisation
 from check_cli import ask, refuse
 from tiny import CPU, initial_state, make_gpipe, make_loft, tiny
 
-SIZES = (4,)
+SIZES = (2,)
 SMALL = ["--model", "resnet20", "--batch-size", "64", "--statistics-batches", "2", "--epochs", "4", "--evaluate-every", "4"]
 STRATEGIES = ("loft", "data-parallel", "gpipe")
 

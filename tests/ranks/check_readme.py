@@ -63,9 +63,9 @@ def test_it_works_as_written(world, folder, command, capsys):
 
 
 def test_the_same_two_options_are_for_pretraining(world, folder):
-    """ "`loft doctor` ..., then the same two options for `loft pretrain`"."""
+    """As the page says of `loft doctor`."""
     (options,) = [command.split("doctor")[1] for command in commands() if command.startswith("loft doctor")]
     os.chdir(folder)
-    assert run(["pretrain", *shlex.split(options.replace("DIR", "flowers")), *SHORTER["pretrain"][:-2], "--widen", "0.25",
+    assert run(["pretrain", *shlex.split(options.replace("DIR", "flowers")), *SHORTER["pretrain"],
                 "--model", "resnet20", "--batch-size", "8", "--image-size", "32"]) == 0  # fmt: skip
     world.barrier()

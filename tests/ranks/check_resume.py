@@ -19,7 +19,7 @@ from loft_hpc.training.buffers import ParameterBuffer
 
 from check_emergence import mark_as_running
 
-SIZES = (1, 4)
+SIZES = (1, 3)
 # 11 steps an epoch
 SMALL = ["--model", "resnet20", "--widen", "0.5", "--batch-size", "128", "--epochs", "2", "--statistics-batches", "2", "--check-ranks"]
 STRATEGIES = {
