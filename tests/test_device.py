@@ -1,5 +1,7 @@
 """What suits a GPU, as far as a CPU can show it: no step asks the device for a number, buffers are aligned, precisions are refused."""
 
+import os
+import shutil
 import time
 
 import pytest
@@ -11,13 +13,14 @@ from loft_hpc.data.embedded import digits
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.partition import deal
 from loft_hpc.filterwise.subnetwork import SubNetwork
-from loft_hpc.models.architecture import architecture
+from loft_hpc.jobs.pretrain import PretrainSettings
+from loft_hpc.models.architecture import Architecture, architecture
 from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.models.resnet import build
 from loft_hpc.training.buffers import Layout, ParameterBuffer
 from loft_hpc.training.device import place, precision_here
 from loft_hpc.training.evaluation import judge, network_for
-from loft_hpc.training.settings import Evaluation
+from loft_hpc.training.settings import Computation, Evaluation
 from loft_hpc.training.stopwatch import Stopwatch
 
 from tiny import CPU, initial_state, make_loft, tiny
@@ -106,6 +109,28 @@ def test_precisions_of_gpus_are_for_gpus():
         assert place("cpu", precision, Alone())[1].precision == "float32"
         assert precision_here(precision, "auto") == precision
     torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_a_compiled_network_learns_the_same_but_for_rounding():
+    losses, states = [], []
+    for compiled in (False, True):
+        training = make_loft(
+            Alone(), Architecture("small", (1, 2), (4, 8), False, 1, "cifar", 1, 10), computation=Computation(compile=compiled)
+        )
+        losses.append([training.advance().mean_loss for _ in range(4)])
+        states.append(training.full_state())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][0] != losses[0][-1]
+    for name, there in states[0].items():
+        torch.testing.assert_close(states[1][name], there, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(LoftError, match=r"needs a C\+\+ compiler, and there is no no-such-compiler here"):
+        place("cpu", "float32", Alone(), compile=True)
+    with pytest.raises(LoftError, match="--compile is for loft and data-parallel"):
+        PretrainSettings(strategy="gpipe", computation=Computation(compile=True))
 
 
 def test_a_stopwatch_counts_what_runs_and_begins_anew():

@@ -3,6 +3,9 @@
 import pytest
 import torch
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 
 from loft_hpc.analysis.size import network_size
 from loft_hpc.analysis.traffic import division
@@ -20,7 +23,7 @@ from loft_hpc.models.groups import (
     shares,
     slice_state,
 )
-from loft_hpc.models.resnet import build
+from loft_hpc.models.resnet import Shortcut, build
 
 from tiny import tiny
 
@@ -137,11 +140,39 @@ def test_deals_are_disjoint_complete_fresh_and_uniform():
             held = torch.cat([hand[group.name] for hand in hands])
             assert sorted(held.tolist()) == list(range(group.width))
             assert [len(hand[group.name]) for hand in hands] == shares(group.width, workers)
+    in_units = partitioned_groups(groups, "paper", unit=4)  # of 12 and 16 filters
+    hands = deal(in_units, 3, seed=1, round_number=0)
+    assert [[len(hand[group.name]) for hand in hands] for group in in_units] == [[4, 4, 4], [8, 4, 4]]
     rounds = [deal(groups, 2, seed=1, round_number=number)[0]["layer1.0"].tolist() for number in range(400)]
     assert rounds[0] == deal(groups, 2, seed=1, round_number=0)[0]["layer1.0"].tolist()
     assert len({tuple(hand) for hand in rounds}) > 60  # of 70 possible
     frequency = torch.bincount(torch.tensor(rounds).flatten(), minlength=8) / 400
     assert torch.all((frequency - 0.5).abs() < 0.1)  # four standard deviations
+
+
+@pytest.mark.parametrize("channels", [1, 4, 7, 8, 12])
+def test_gradients_of_a_narrow_networks_strided_shortcuts(channels):
+    """Against double precision: oneDNN issue 6035 made them wrong by orders of magnitude, or killed the process."""
+    x = torch.randn(16, channels, 8, 8).contiguous(memory_format=torch.channels_last)
+    wanted = torch.randn(16, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    single = Shortcut(channels, 8, 1, 2, bias=False).to(memory_format=torch.channels_last)
+    double = nn.Conv2d(channels, 8, 1, 2, bias=False).double()
+    double.load_state_dict(single.state_dict())
+    outputs = single(x), double(x.double())
+    torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-4, atol=1e-4)
+    outputs[0].backward(wanted)
+    outputs[1].backward(wanted.double())
+    torch.testing.assert_close(single.weight.grad.double(), double.weight.grad, rtol=1e-3, atol=1e-3)
+
+
+@given(st.integers(1, 600), st.integers(1, 70), st.integers(1, 64))
+def test_shares_are_whole_units_where_the_width_allows(width, workers, unit):
+    held = shares(width, workers, unit)
+    assert sum(held) == width and len(held) == workers and held == sorted(held, reverse=True)
+    whole = width % unit == 0 and width // unit >= workers
+    assert held[0] - held[-1] <= (unit if whole else 1)
+    if whole:
+        assert all(share % unit == 0 and share for share in held)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

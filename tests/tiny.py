@@ -10,7 +10,7 @@ from loft_hpc.filterwise.loft import Loft, LoftSettings
 from loft_hpc.models.architecture import Architecture
 from loft_hpc.models.resnet import build
 from loft_hpc.pipeline.gpipe import GPipe, PipelineSettings
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import Computation, Optimisation
 
 CPU = torch.device("cpu")
 
@@ -25,8 +25,9 @@ def initial_state(architecture: Architecture, seed: int = 0) -> dict[str, torch.
 
 
 def make_loft(
-    world, architecture=None, lr=0.1, rounds=4, batch_size=16, seed=5, sharing="replicated", weight_decay=5e-4, **settings
-) -> Loft:
+    world, architecture=None, lr=0.1, rounds=4, batch_size=16, seed=5, sharing="replicated", weight_decay=5e-4,
+    computation=None, **settings,
+) -> Loft:  # fmt: skip
     """LoFT on digits: `rounds` rounds of 3 local steps, unless `settings` say otherwise."""
     architecture = architecture or tiny()
     settings = replace(LoftSettings(local_iterations=3), **settings)
@@ -34,7 +35,19 @@ def make_loft(
     data = digits(CPU)
     order = Order(sharing, data.info.train_images, batch_size, seed, world.rank, world.size)
     total = rounds * settings.local_iterations
-    return Loft(architecture, initial_state(architecture), settings, optimisation, data, order, total, seed, "float32", CPU, world)
+    return Loft(
+        architecture,
+        initial_state(architecture),
+        settings,
+        optimisation,
+        data,
+        order,
+        total,
+        seed,
+        computation or Computation(),
+        CPU,
+        world,
+    )
 
 
 def make_gpipe(world, architecture=None, steps=12, batch_size=16, seed=5, lr=0.1, **settings) -> GPipe:
@@ -44,5 +57,5 @@ def make_gpipe(world, architecture=None, steps=12, batch_size=16, seed=5, lr=0.1
     data = digits(CPU)
     order = Order("replicated", data.info.train_images, batch_size, seed, 0, 1)
     return GPipe(
-        architecture, initial_state(architecture), settings, Optimisation(lr=lr), data, order, steps, "float32", CPU, world
+        architecture, initial_state(architecture), settings, Optimisation(lr=lr), data, order, steps, Computation(), CPU, world
     )  # fmt: skip

@@ -21,7 +21,7 @@ from loft_hpc.tickets.score_search import ScoreSearch, SearchRule, freezings, se
 from loft_hpc.tickets.source import Workshop
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.evaluation import judge, network_for
-from loft_hpc.training.settings import Evaluation, Optimisation
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def main(dataset: str, density: float, epochs: int, finetuning: int, batch_size:
         order = Order("split", data.info.train_images, batch_size, seed, 0, 1)
         steps = epochs * order.steps_per_epoch
         rate = search_rate(steps)
-        shop = Workshop(network, data, order, steps, Optimisation(lr=rate, weight_decay=0), None, seed, "float32", CPU, world)
+        shop = Workshop(network, data, order, steps, Optimisation(lr=rate, weight_decay=0), None, seed, Computation(), CPU, world)
         weights = signed_constants({name: tensor.detach() for name, tensor in build(network, seed=100 + seed).named_parameters()})
         plan = freezings(epochs, max(1, round((epochs - 1) / 29)), order.steps_per_epoch, total, keep)
         began = time.perf_counter()
@@ -64,7 +64,7 @@ def main(dataset: str, density: float, epochs: int, finetuning: int, batch_size:
                 data,
                 order,
                 finetuning * order.steps_per_epoch,
-                "float32",
+                Computation(),
                 CPU,
                 world,
                 own.weights,

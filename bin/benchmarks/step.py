@@ -20,8 +20,9 @@ from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.models.resnet import build
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.schedule import Schedule
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import Computation, Optimisation
 from loft_hpc.training.trainer import Trainer
+from loft_hpc.training.trainer import compiled as compile_network
 
 OPTIMISATION = Optimisation(lr=0.01)
 Step = Callable[[], None]
@@ -35,10 +36,11 @@ class Case:
     workers: int
     batch: tuple[torch.Tensor, torch.Tensor]
     precision: str
+    unit: int
 
     @property
     def _groups(self):
-        return partitioned_groups(filter_groups(self._architecture), "paper") if self.workers > 1 else []
+        return partitioned_groups(filter_groups(self._architecture), "paper", self.unit) if self.workers > 1 else []
 
     @property
     def _architecture(self):
@@ -52,9 +54,7 @@ class Case:
         else:
             network = build(self._architecture, seed=0).to(device, memory_format=torch.channels_last)
             buffers = (ParameterBuffer(dict(network.named_parameters())),)
-        trainer = Trainer(network, buffers, Schedule(OPTIMISATION, 1_000_000, 1), self.precision)
-        if compiled:
-            trainer.network = torch.compile(network)
+        trainer = Trainer(network, buffers, Schedule(OPTIMISATION, 1_000_000, 1), Computation(precision=self.precision, compile=compiled))
         return lambda: trainer.steps([[(images, labels)]], 0) and None
 
     def plain(self, layout: torch.memory_format, compiled: bool) -> Step:
@@ -65,7 +65,7 @@ class Case:
         sgd = torch.optim.SGD(
             network.parameters(), lr=OPTIMISATION.lr, momentum=OPTIMISATION.momentum, weight_decay=OPTIMISATION.weight_decay
         )
-        forward = torch.compile(network) if compiled else network
+        forward = compile_network(network, device) if compiled else network
 
         def step() -> None:
             sgd.zero_grad(set_to_none=True)
@@ -110,9 +110,12 @@ def sides(case: Case, compiled: bool) -> Iterator[tuple[str, Step]]:
 @click.option("--workers", type=click.IntRange(2), default=4, show_default=True)
 @click.option("--batch-size", type=click.IntRange(2), default=128, show_default=True)
 @click.option("--precision", "precisions", multiple=True, default=("float32", "bfloat16"), show_default=True)
-@click.option("--compile/--no-compile", "with_compile", default=True, show_default=True, help="Both sides through torch.compile as well.")
+@click.option("--compile", "with_compile", is_flag=True, help="Both sides through torch.compile as well.")
+@click.option("--partition-unit", type=click.IntRange(1), default=1, show_default=True, help="As of loft pretrain.")
 @click.option("--repetitions", type=click.IntRange(3), default=21, show_default=True)
-def main(model: str, workers: int, batch_size: int, precisions: tuple[str, ...], with_compile: bool, repetitions: int) -> None:
+def main(
+    model: str, workers: int, batch_size: int, precisions: tuple[str, ...], with_compile: bool, partition_unit: int, repetitions: int
+) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = (
         torch.cuda.get_device_name(device)
@@ -125,7 +128,7 @@ def main(model: str, workers: int, batch_size: int, precisions: tuple[str, ...],
     for precision in precisions:
         for compiled in (False, True) if with_compile else (False,):
             for count in (1, workers):
-                times = timed(dict(sides(Case(model, count, batch, precision), compiled)), repetitions, device)
+                times = timed(dict(sides(Case(model, count, batch, precision, partition_unit), compiled)), repetitions, device)
                 ours = statistics.median(times["ours"])
                 for side, values in times.items():
                     low, median, high = (batch_size / seconds for seconds in statistics.quantiles(values, n=4)[::-1])

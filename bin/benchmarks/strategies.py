@@ -28,7 +28,7 @@ from loft_hpc.pipeline.stages import Stage, check_split, cuts, parts
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.device import place
 from loft_hpc.training.schedule import Schedule
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import Computation, Optimisation
 from loft_hpc.training.trainer import FlatSGD, Trainer, stop_statistics
 
 Step = tuple[Callable[[], None], Callable[[], list[Tensor]]]
@@ -102,7 +102,7 @@ def their_gpipe(case: Case) -> Step:
 def our_data_parallel(case: Case) -> Step:
     network, world = case.network(), case.world
     buffer = ParameterBuffer(dict(network.named_parameters()))
-    trainer = Trainer(network, (buffer,), Schedule(OPTIMISATION, 1, 1), "float32")
+    trainer = Trainer(network, (buffer,), Schedule(OPTIMISATION, 1, 1), Computation())
     mine = (case.images[world.rank :: world.size].contiguous(memory_format=torch.channels_last), case.labels[world.rank :: world.size])
 
     def step() -> None:

@@ -20,13 +20,14 @@ from loft_hpc.data.augment import Augmentation
 from loft_hpc.data.dataset import Batch, DataInfo, PixelRange, TensorDataSet
 from loft_hpc.data.order import Order
 from loft_hpc.models.architecture import Architecture, architecture
-from loft_hpc.models.groups import filter_groups, partitioned_groups, shares
+from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.models.resnet import build
 from loft_hpc.models.scores import removed_count
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.schedule import Schedule
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import Computation, Optimisation
 from loft_hpc.training.trainer import Trainer, stop_statistics
+from loft_hpc.training.trainer import compiled as compile_network
 
 OPTIMISATION = Optimisation(lr=0.01)
 Step = Callable[[], object]
@@ -37,8 +38,9 @@ def cases(network: Architecture) -> dict[str, Widths]:
     """Hidden filters of each block, None for all."""
     groups = filter_groups(network)
     found: dict[str, Widths] = {"dense": None}
-    for workers in (2, 4):
-        found[f"LoFT-{workers} worker"] = {group.name: shares(group.width, workers)[0] for group in partitioned_groups(groups, "paper")}
+    for workers, unit in ((2, 1), (4, 1), (3, 1), (3, 8)):
+        name = f"LoFT-{workers} worker" + (f", unit {unit}" if unit > 1 else "")
+        found[name] = {group.name: group.shares(workers)[0] for group in partitioned_groups(groups, "paper", unit)}
     for ratio in (0.5, 0.8):
         kept = {group.name: group.width - removed_count(group.width, ratio) for group in groups}
         found |= {f"pruned {ratio}": kept, f"pruned {ratio}, to 8": {name: -(-width // 8) * 8 for name, width in kept.items()}}
@@ -75,16 +77,14 @@ class Bench:
     def ours(self, widths: Widths, precision: str, feed: Iterator[Batch], compiled: bool = False) -> Step:
         network = build(self._network, widths, seed=0).to(self._device, memory_format=torch.channels_last)
         buffers = (ParameterBuffer(dict(network.named_parameters())),)
-        trainer = Trainer(network, buffers, Schedule(OPTIMISATION, 10**6, 1), precision)
-        if compiled:
-            trainer.network = torch.compile(network)
+        trainer = Trainer(network, buffers, Schedule(OPTIMISATION, 10**6, 1), Computation(precision=precision, compile=compiled))
         return lambda: trainer.steps([[next(feed)]], 0)
 
     def plain(self, widths: Widths, precision: str, batch: Batch, compiled: bool = False) -> Step:
         network = build(self._network, widths, seed=0).to(self._device, memory_format=torch.channels_last).train()
         stop_statistics(network)
         sgd = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        forward = torch.compile(network) if compiled else network
+        forward = compile_network(network, self._device) if compiled else network
 
         def step() -> None:
             sgd.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ from loft_hpc.cli.presets import NAMES, read_preset
 from loft_hpc.data.registry import known_shape
 from loft_hpc.jobs.prune import prunable_groups
 from loft_hpc.models.architecture import Architecture, architecture
-from loft_hpc.models.groups import filter_groups, partitioned_groups, shares
+from loft_hpc.models.groups import filter_groups, partitioned_groups
 from loft_hpc.models.scores import removed_count
 from loft_hpc.runs.run import Run
 
@@ -21,7 +21,7 @@ ASSUMED_GPU_FLOPS = 1e13
 def _worker_flops(network: Architecture, partition: str, image_size: int) -> int:
     """FLOPs of a forward pass of one worker's sub-network, per image."""
     groups = partitioned_groups(filter_groups(network), partition)
-    return network_size(network, {group.name: shares(group.width, WORKERS)[0] for group in groups}, image_size).flops
+    return network_size(network, {group.name: group.shares(WORKERS)[0] for group in groups}, image_size).flops
 
 
 def _images_per_second(run: Run) -> float:

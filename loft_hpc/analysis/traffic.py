@@ -18,7 +18,7 @@ import torch
 
 from loft_hpc.comm.ledger import Entry, Ledger
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.models.groups import filter_groups, member_names, partitioned_groups, shares
+from loft_hpc.models.groups import FilterGroup, filter_groups, member_names, partitioned_groups
 from loft_hpc.models.resnet import ResidualNetwork
 
 FLOAT32_BYTES = 4
@@ -30,8 +30,8 @@ class Division:
 
     partitioned: int
     shared: int
-    groups: tuple[tuple[str, int, int], ...] = ()
-    """Of each dealt group: name, filters, and parameters of one filter."""
+    groups: tuple[tuple[FilterGroup, int], ...] = ()
+    """Each dealt group with the parameters of one of its filters."""
 
     @property
     def total(self) -> int:
@@ -39,26 +39,24 @@ class Division:
 
     def moved(self, filters: Mapping[str, int]) -> int:
         """D, for the number of each group's filters that change hands."""
-        return sum(filters[name] * parameters for name, _, parameters in self.groups)
+        return sum(filters[group.name] * parameters for group, parameters in self.groups)
 
     def moved_on_average(self, workers: int) -> float:
         """D over random deals: a filter of worker s stays with probability (its share of the group)."""
         total = 0.0
-        for _, width, parameters in self.groups:
-            total += parameters * (width - sum(share * share for share in shares(width, workers)) / width)
+        for group, parameters in self.groups:
+            total += parameters * (group.width - sum(share * share for share in group.shares(workers)) / group.width)
         return total
 
 
-def division(network: Architecture, rule: str = "paper") -> Division:
+def division(network: Architecture, rule: str = "paper", unit: int = 1) -> Division:
     """Count P and C, normalisations' weights and biases included."""
-    groups = partitioned_groups(filter_groups(network), rule)
+    groups = partitioned_groups(filter_groups(network), rule, unit)
     dealt = member_names(groups)
     with torch.device("meta"):
         parameters = {name: p.numel() for name, p in ResidualNetwork(network, network.hidden_widths()).named_parameters()}
     partitioned = sum(count for name, count in parameters.items() if name in dealt)
-    per_group = tuple(
-        (group.name, group.width, sum(parameters.get(name, 0) for name, _ in group.members) // group.width) for group in groups
-    )
+    per_group = tuple((group, sum(parameters.get(name, 0) for name, _ in group.members) // group.width) for group in groups)
     return Division(partitioned, sum(parameters.values()) - partitioned, per_group)
 
 

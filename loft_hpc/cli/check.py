@@ -9,13 +9,13 @@ import click
 from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.options import (
     NEVER,
+    arithmetic_options,
     batch_parts_option,
     device_option,
     fill,
     judging_options,
     optimisation_options,
     option,
-    precision_option,
     reading_options,
     refuse_path,
 )
@@ -83,7 +83,7 @@ def _rewind(context: click.Context, parameter: click.Parameter, test: str) -> st
 @optimisation_options(lr=LEARNING_RATE)
 @judging_options
 @device_option
-@precision_option
+@arithmetic_options
 @click.option(
     "--name",
     help="Folder under TICKET/checks: one for each recipe.  [default: the test's name; `default` for practical]",

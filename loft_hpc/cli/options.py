@@ -217,11 +217,20 @@ batch_parts_option = click.option(
     help="Compute every batch in so many parts, each normalised by itself, so that the result does not depend on the number of ranks.  "
     "[default: one for each rank]",
 )  # fmt: skip
-precision_option = option(
-    Computation,
-    "precision",
-    "Arithmetic of convolutions; tf32 and bfloat16 need a GPU. auto: tf32 on a GPU, float32 on a CPU.",
-    type=click.Choice(PRECISIONS),
+arithmetic_options = several(
+    option(
+        Computation,
+        "precision",
+        "Arithmetic of convolutions; tf32 and bfloat16 need a GPU. auto: tf32 on a GPU, float32 on a CPU.",
+        type=click.Choice(PRECISIONS),
+    ),
+    option(
+        Computation,
+        "compile",
+        "Compile the network by torch.compile (needs a C++ compiler): the first steps take longer, later ones less on a GPU whose time "
+        "goes into starting kernels. Rounding differs from an uncompiled run's.",
+        is_flag=True,
+    ),
 )
 
 run_options = several(

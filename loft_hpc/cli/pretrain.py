@@ -10,6 +10,7 @@ import click
 from loft_hpc.cli.context import Job, format_option
 from loft_hpc.cli.dryrun import dry_run_options, show_plan, wants_plan
 from loft_hpc.cli.options import (
+    arithmetic_options,
     checkpoint_options,
     data_options,
     default,
@@ -18,7 +19,6 @@ from loft_hpc.cli.options import (
     fill,
     optimisation_options,
     option,
-    precision_option,
     run_options,
     several,
     snapshot_options,
@@ -50,6 +50,7 @@ EPOCHS_HELP = (
 loft_options = several(
     option(LoftSettings, "local_iterations", "SGD steps of a worker between two exchanges.", type=int),
     option(LoftSettings, "partition", "Blocks whose filters are partitioned over the ranks: the paper's (not stage 1, not strided blocks) or all.", type=click.Choice(PARTITION_RULES)),
+    option(LoftSettings, "partition_unit", "Ranks hold multiples of so many filters of a block where its width allows it; GPUs are fastest with multiples of 8.", type=int),
     option(LoftSettings, "exchange", "How filters reach the rank that trains them next: allgather sends all to every rank, alltoall each to that rank alone.", type=click.Choice(list(EXCHANGES))),
     option(LoftSettings, "average_every", "Rounds between two averagings of the parameters that all ranks share (an epoch's end always averages).", type=int),
     option(LoftSettings, "transport_dtype", "Type in which parameters are sent; every rank keeps float32.", type=click.Choice(list(TRANSPORT_DTYPES))),
@@ -136,7 +137,7 @@ def settings_of_options(context: click.Context) -> PretrainSettings:
 @evaluation_options
 @supervision_options
 @device_option
-@precision_option
+@arithmetic_options
 @run_options
 @dry_run_options
 @format_option

@@ -9,6 +9,7 @@ import click
 from loft_hpc.cli.context import Job, format_option
 from loft_hpc.cli.dryrun import dry_run_options, show_plan, wants_plan
 from loft_hpc.cli.options import (
+    arithmetic_options,
     batch_parts_option,
     checkpoint_options,
     device_option,
@@ -16,7 +17,6 @@ from loft_hpc.cli.options import (
     fill,
     optimisation_options,
     option,
-    precision_option,
     reading_options,
     run_options,
     snapshot_options,
@@ -85,7 +85,7 @@ def retraining_settings(context: click.Context, data: DataSettings) -> RetrainSe
 @evaluation_options
 @supervision_options
 @device_option
-@precision_option
+@arithmetic_options
 @run_options
 @dry_run_options
 @format_option

@@ -9,13 +9,13 @@ import click
 from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.options import (
     NEVER,
+    arithmetic_options,
     device_option,
     fill,
     judging_options,
     optimisation_options,
     option,
     plot_option,
-    precision_option,
     reading_options,
     refuse_path,
 )
@@ -72,7 +72,7 @@ def _duration(seconds: float) -> str:
 @click.option("--retrain-seed", default=0, show_default=True, type=int, help="Decides data order and augmentation of the retrainings.")
 @judging_options
 @device_option
-@precision_option
+@arithmetic_options
 @click.option("--name", default="default", show_default=True, help="Folder under RUN/sweeps: one for each recipe of retraining.")
 @plot_option("accuracy after retraining over the epoch of the snapshot.")
 @format_option

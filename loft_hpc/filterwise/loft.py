@@ -20,12 +20,14 @@ from loft_hpc.models.scores import filter_scores
 from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.interval import passes
 from loft_hpc.training.schedule import Schedule
-from loft_hpc.training.settings import MAX_STEPS, Optimisation, refuse_outside
+from loft_hpc.training.settings import MAX_STEPS, Computation, Optimisation, refuse_outside
 from loft_hpc.training.stopwatch import Stopwatch
 from loft_hpc.training.strategy import Advance, Strategy, bits, everybodys_scores, refuse_other_network, summed
 from loft_hpc.training.trainer import Trainer
 
 MOMENTUM_RULES = ("reset", "carry")
+MAX_UNIT = 64
+"""Filters that a GPU computes together at most, by far."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class LoftSettings:
     """SGD steps of a worker between two exchanges (the release uses 15 on ImageNet)."""
     partition: str = "paper"
     """Which blocks are dealt: `paper` (all but stage 1 and strided blocks) or `all-blocks`."""
+    partition_unit: int = 1
+    """Workers hold multiples of so many filters of a block, where its width allows it: GPUs compute fastest with multiples of 8."""
     momentum_across_rounds: str = "reset"
     """`reset`: momentum starts at 0 every round, as in the release. `carry`: it travels with its parameters."""
     exchange: str = "allgather"
@@ -49,7 +53,7 @@ class LoftSettings:
     """Give the ranks disjoint shards of every epoch, in place of the whole data in an order of their own."""
 
     def __post_init__(self):
-        refuse_outside(self, local_iterations=(1, MAX_STEPS), average_every=(1, MAX_STEPS))
+        refuse_outside(self, local_iterations=(1, MAX_STEPS), average_every=(1, MAX_STEPS), partition_unit=(1, MAX_UNIT))
         if self.partition not in PARTITION_RULES:
             raise LoftError(f"unknown partition rule '{self.partition}': choose one of {', '.join(PARTITION_RULES)}", usage=True)
         if self.momentum_across_rounds not in MOMENTUM_RULES:
@@ -74,7 +78,7 @@ class Loft(Strategy):
 
     def __init__(
         self, architecture: Architecture, initial: State, settings: LoftSettings, optimisation: Optimisation, data: DataSet,
-        order: Order, total_steps: int, seed: int, precision: str, device: torch.device, world: World, snapshot_steps: int = 0,
+        order: Order, total_steps: int, seed: int, computation: Computation, device: torch.device, world: World, snapshot_steps: int = 0,
     ):  # fmt: skip
         self.total_steps = total_steps
         self.steps_per_epoch = order.steps_per_epoch
@@ -85,7 +89,7 @@ class Loft(Strategy):
         self._looks = (order.steps_per_epoch, snapshot_steps)
         self._settings, self._seed, self._order, self._data, self._world = settings, seed, order, data, world
         self._all_groups = filter_groups(architecture)
-        self.groups = partitioned_groups(self._all_groups, settings.partition)
+        self.groups = partitioned_groups(self._all_groups, settings.partition, settings.partition_unit)
         check_workers(self.groups, world.size)
         self._names = list(initial)
         self._step, self._round = 0, 0
@@ -94,7 +98,7 @@ class Loft(Strategy):
         # One rank alone keeps its momentum, whatever the rule: that is plain training.
         self._carry = settings.momentum_across_rounds == "carry" or world.size == 1
         self._sub = SubNetwork(architecture, self.groups, world.rank, world.size, device, momentum_travels=self._carry)
-        self._trainer = Trainer(self._sub.network, (self._sub.shared, self._sub.partitioned), self.schedule, precision)
+        self._trainer = Trainer(self._sub.network, (self._sub.shared, self._sub.partitioned), self.schedule, computation)
         self._full = full_layout(initial, self._sub)
         self._exchanging = Stopwatch(device)
         transport = TRANSPORT_DTYPES[settings.transport_dtype]

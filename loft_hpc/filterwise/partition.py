@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loft_hpc import seeds
 from loft_hpc.errors import LoftError
-from loft_hpc.models.groups import FilterGroup, shares
+from loft_hpc.models.groups import FilterGroup
 
 Deal = list[dict[str, Tensor]]
 """One selection for each worker; together they hold every filter of every partitioned group exactly once."""
@@ -33,7 +33,7 @@ def deal(groups: Sequence[FilterGroup], workers: int, seed: int, round_number: i
     hands: Deal = [{} for _ in range(workers)]
     for group in groups:
         permutation = torch.from_numpy(draw.permutation(group.width))
-        for hand, filters in zip(hands, permutation.split(shares(group.width, workers)), strict=True):
+        for hand, filters in zip(hands, permutation.split(group.shares(workers)), strict=True):
             hand[group.name] = filters.sort().values
     return hands
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from loft_hpc.models.architecture import Architecture
-from loft_hpc.models.groups import FilterGroup, Selection, State, member_names, shares, slice_state
+from loft_hpc.models.groups import FilterGroup, Selection, State, member_names, slice_state
 from loft_hpc.models.resnet import build
 from loft_hpc.training.buffers import Layout, ParameterBuffer
 from loft_hpc.training.trainer import named_subset
@@ -22,7 +22,7 @@ class SubNetwork:
         self, architecture: Architecture, groups: Sequence[FilterGroup], worker: int, workers: int, device: torch.device,
         momentum_travels: bool,
     ):  # fmt: skip
-        widths = {group.name: shares(group.width, workers)[worker] for group in groups}
+        widths = {group.name: group.shares(workers)[worker] for group in groups}
         self.network = build(architecture, widths).to(device, memory_format=torch.channels_last)
         self.groups = groups
         self.momentum_travels = momentum_travels
@@ -52,7 +52,7 @@ class SubNetwork:
 
 def partitioned_layouts(full: Layout, groups: Sequence[FilterGroup], workers: int) -> list[Layout]:
     """The layout of every worker's partitioned buffer, from the full network's shapes of the partitioned parameters."""
-    return layouts_of(full, groups, [{group.name: shares(group.width, workers)[worker] for group in groups} for worker in range(workers)])
+    return layouts_of(full, groups, [{group.name: group.shares(workers)[worker] for group in groups} for worker in range(workers)])
 
 
 def layouts_of(full: Layout, groups: Sequence[FilterGroup], filters: Sequence[Mapping[str, int]]) -> list[Layout]:

@@ -114,7 +114,7 @@ def check(
     retraining, removed = recipe(ticket), ticket.pruning_ratio
     variants = variants_of(ticket, retraining.rewind)
     work = [(name, seed) for name in variants for seed in range(settings.seeds)]
-    device, _ = place(retraining.computation.device, retraining.computation.precision, world)
+    device, _ = place(retraining.computation.device, retraining.computation.precision, world, retraining.computation.compile)
     info = open_data(retraining.data, device, world).info
     note = meet(TrainedOn.of(path, ticket.dense), info)
     folders = {(name, seed): path / "checks" / settings.name / f"{name}-seed{seed}" for name, seed in work}

@@ -212,8 +212,8 @@ def _loft_run_flows(
     run: Run, settings: PretrainSettings, network: Architecture, workers: int, steps: int, per_epoch: int
 ) -> Iterator[Flow]:
     loft = settings.loft
-    divided = division_of(network, loft.partition)
-    check_workers(partitioned_groups(filter_groups(network), loft.partition), workers)
+    divided = division_of(network, loft.partition, loft.partition_unit)
+    check_workers(partitioned_groups(filter_groups(network), loft.partition, loft.partition_unit), workers)
     yield broadcast(divided.partitioned, FLOAT32_BYTES, workers, "partitioned")
     yield broadcast(divided.shared, FLOAT32_BYTES, workers, "shared")
     # a finished run that was extended ended its rounds where it ended first
@@ -268,7 +268,7 @@ def _attempts(run: Run, settings: PretrainSettings, steps: int, per_epoch: int) 
 
 def moved_parameters(settings: PretrainSettings, network: Architecture, divided: Division, workers: int, rounds: int) -> Iterator[int]:
     """D of every round, from the deals that the run's seed decides."""
-    groups = partitioned_groups(filter_groups(network), settings.loft.partition)
+    groups = partitioned_groups(filter_groups(network), settings.loft.partition, settings.loft.partition_unit)
     old = deal(groups, workers, settings.seed, 0)
     for number in range(1, rounds + 1):
         new = deal(groups, workers, settings.seed, number)

@@ -90,7 +90,9 @@ def plan(case: Case, workers: int, cluster: Cluster | None) -> Plan:
     return Plan(
         workers=workers,
         choice=choice,
-        divided=division_of(case.network, settings.loft.partition) if loft else Division(0, case.size.parameters),
+        divided=division_of(case.network, settings.loft.partition, settings.loft.partition_unit)
+        if loft
+        else Division(0, case.size.parameters),
         course=way,
         memories=rank_memories(case, workers, on_gpu),
         on_gpu=on_gpu,

@@ -104,7 +104,7 @@ def rank_memories(case: Case, workers: int, on_gpu: bool) -> list[RankMemory]:
 
 def loft_buffers(case: Case, workers: int, on_gpu: bool, rank: int = 0) -> tuple[Buffers, SubNetwork]:
     """Of one worker, and the sub-network that they belong to."""
-    groups = partitioned_groups(filter_groups(case.network), case.settings.loft.partition)
+    groups = partitioned_groups(filter_groups(case.network), case.settings.loft.partition, case.settings.loft.partition_unit)
     sub = SubNetwork(case.network, groups, rank, workers, META, momentum_travels=_momentum_lasts(case, workers))
     full = full_layout(_parameters(_full(case)), sub)
     transport = TRANSPORT_DTYPES[case.settings.loft.transport_dtype]
@@ -133,7 +133,7 @@ def loft_staging(case: Case, workers: int, sub: SubNetwork, rank: int = 0) -> in
     if workers == 1:
         return 0
     settings, copies = case.settings.loft, 2 if sub.momentum_travels else 1
-    divided, e = division_of(case.network, settings.partition), TRANSPORT_DTYPES[settings.transport_dtype].itemsize
+    divided, e = division_of(case.network, settings.partition, settings.partition_unit), TRANSPORT_DTYPES[settings.transport_dtype].itemsize
     P, C, P_s = divided.partitioned, divided.shared, sub.partitioned.layout.numel
     start = FLOAT32_BYTES * (P + C)
     moving = e * copies * (P_s + (P if settings.exchange == "allgather" else P_s))

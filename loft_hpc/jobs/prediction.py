@@ -24,7 +24,7 @@ from loft_hpc.data.registry import DataShape, known_shape
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.exchange import TRANSPORT_DTYPES
 from loft_hpc.filterwise.loft import LoftSettings, averages
-from loft_hpc.filterwise.partition import check_workers, shares
+from loft_hpc.filterwise.partition import check_workers
 from loft_hpc.jobs.pretrain import PretrainSettings, order_of, step_images
 from loft_hpc.jobs.retrain import RetrainSettings
 from loft_hpc.models.architecture import Architecture, architecture
@@ -116,10 +116,10 @@ def epoch_seconds(case: Case, workers: int, way: Course, cluster: Cluster) -> Se
 
 def _loft_course(case: Case, workers: int) -> Course:
     settings = case.settings
-    check_workers(partitioned_groups(filter_groups(case.network), settings.loft.partition), workers)
+    check_workers(partitioned_groups(filter_groups(case.network), settings.loft.partition, settings.loft.partition_unit), workers)
     steps = order_of(settings, case.shape.train_images, 0, workers).steps_per_epoch
     total = settings.rounds * settings.loft.local_iterations if settings.rounds else settings.epochs * steps
-    divided = division_of(case.network, settings.loft.partition)
+    divided = division_of(case.network, settings.loft.partition, settings.loft.partition_unit)
     averaging = list(averaging_rounds(settings.loft, (total,), (steps, settings.snapshots.every.steps(steps))))
     counts = {True: sum(averaging), False: len(averaging) - sum(averaging)}
     exchanges = [
@@ -129,8 +129,8 @@ def _loft_course(case: Case, workers: int) -> Course:
 
 
 def _loft_seconds(case: Case, workers: int, way: Course, cluster: Cluster) -> Seconds:
-    groups = partitioned_groups(filter_groups(case.network), case.settings.loft.partition)
-    widths = {group.name: shares(group.width, workers)[0] for group in groups}
+    groups = partitioned_groups(filter_groups(case.network), case.settings.loft.partition, case.settings.loft.partition_unit)
+    widths = {group.name: group.shares(workers)[0] for group in groups}
     flops = network_size_of(case.network, tuple(widths.items()), case.shape.image_size).flops
     images = way.steps_per_epoch * case.settings.batch_size
     return timing.loft_epoch(cluster, images, way.steps_per_epoch / way.steps, flops, way.flows, workers)

@@ -96,6 +96,8 @@ class PretrainSettings:
             raise LoftError("--weights names no file: it holds a null byte", usage=True)
         if self.strategy == "gpipe":
             self.pipeline.check_batch(self.batch_size)
+            if self.computation.compile:
+                raise LoftError("--compile is for loft and data-parallel: a pipeline's stages are not compiled", usage=True)
 
 
 def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world: World, oversight: Oversight) -> tuple[Path, Outcome]:
@@ -108,7 +110,7 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     if where.finished:
         return where.path, where.finished
     workplace = prepare(settings, world)
-    info, device, precision = workplace.data.info, workplace.device, settings.computation.precision
+    info, device, computation = workplace.data.info, workplace.device, settings.computation
     network = architecture(settings.model, info.num_classes, info.channels, info.stem, settings.widen)
     order = order_of(settings, info.train_images, world.rank, world.size)
     oversight.watcher.prepared(order.steps_per_epoch * step_images(settings, world.size))
@@ -123,14 +125,14 @@ def pretrain(settings: PretrainSettings, path: Path | None, resume: bool, world:
     snapshot_steps = settings.snapshots.every.steps(order.steps_per_epoch)
     strategy: Strategy
     if settings.strategy == "loft":
-        strategy = Loft(network, initial, settings.loft, *common, settings.seed, precision, device, world, snapshot_steps)
-        divided = division(network, settings.loft.partition)
+        strategy = Loft(network, initial, settings.loft, *common, settings.seed, computation, device, world, snapshot_steps)
+        divided = division(network, settings.loft.partition, settings.loft.partition_unit)
         details = {"parameters": parameters, "partitioned_parameters": divided.partitioned, "shared_parameters": divided.shared}
     elif settings.strategy == "gpipe":
-        strategy = GPipe(network, initial, settings.pipeline, *common, precision, device, world)
+        strategy = GPipe(network, initial, settings.pipeline, *common, computation, device, world)
         details = {"parameters": parameters, "cut_after_blocks": list(strategy.cuts)}
     else:
-        strategy = DataParallel(network, None, initial, *common, precision, device, world)
+        strategy = DataParallel(network, None, initial, *common, computation, device, world)
         details = {"parameters": parameters}
     where = where.claimed((settings.model, settings.data.dataset, settings.strategy), world)
     outcome = train_into(

@@ -158,7 +158,7 @@ def retrain(
     order = Order("split", info.train_images, settings.batch_size, settings.seed, world.rank, world.size)
     strategy = DataParallel(
         start.network, ticket.hidden_widths, start.parameters, settings.optimisation, workplace.data, order,
-        settings.epochs * order.steps_per_epoch, settings.computation.precision, workplace.device, world,
+        settings.epochs * order.steps_per_epoch, settings.computation, workplace.device, world,
         start.mask, settings.batch_parts,
     )  # fmt: skip
     details = {

@@ -132,7 +132,7 @@ class RunSource:
             weight_decay=run.optimisation.weight_decay if recipe.weight_decay is None else recipe.weight_decay,
         )
         device = self._around.device
-        computation = replace(run.computation, device=device, precision=precision_here(run.computation.precision, device))
+        computation = replace(run.computation, device=device, precision=precision_here(run.computation.precision, device), compile=False)
         settings = SearchSettings(
             epochs, run.batch_size, run.seed, self._around.batch_parts, run.data.read(self._around.reading), optimisation,
             replace(run.evaluation, evaluate_every=max(run.evaluation.evaluate_every, epochs)), computation,
@@ -153,7 +153,7 @@ class RunSource:
         order = self._order(self.data)
         shop = Workshop(
             self.architecture, workplace.data, order, settings.epochs * order.steps_per_epoch, settings.optimisation, settings.batch_parts,
-            details.get("seed", settings.seed), settings.computation.precision, workplace.device, self.world,
+            details.get("seed", settings.seed), settings.computation, workplace.device, self.world,
         )  # fmt: skip
         self.world.ledger = Ledger()  # each search counts its own
         train_into(

@@ -58,7 +58,7 @@ class Workplace:
 
 def prepare(settings: TrainingSettings, world: World) -> Workplace:
     """Choose devices and threads, and open the data set. Collective."""
-    device, placement = place(settings.computation.device, settings.computation.precision, world)
+    device, placement = place(settings.computation.device, settings.computation.precision, world, settings.computation.compile)
     data = open_data(settings.data, device, world)
     refuse_disagreement({f"the images of {data.info.name}, SHA-256": data.info.fingerprint}, world)
     note, wanted = None, settings.data.loader_workers

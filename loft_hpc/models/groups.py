@@ -5,7 +5,7 @@ the filters meant, as a (k,) int64 tensor; a *holding* is a state together with 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,12 @@ class FilterGroup:
     """(name in the state, dimension that counts hidden filters): conv1.weight 0, the hidden normalisation 0, conv2.weight 1."""
     changes_shape: bool
     """Whether the block is strided or widens."""
+    unit: int = 1
+    """Workers hold multiples of so many of its filters."""
+
+    def shares(self, workers: int) -> list[int]:
+        """How many of its filters each worker holds, the same in every round: see `shares`."""
+        return shares(self.width, workers, self.unit)
 
     @property
     def filters(self) -> str:
@@ -75,22 +81,28 @@ def filter_groups(architecture: Architecture) -> tuple[FilterGroup, ...]:
     )
 
 
-def partitioned_groups(groups: Sequence[FilterGroup], rule: str) -> tuple[FilterGroup, ...]:
+def partitioned_groups(groups: Sequence[FilterGroup], rule: str, unit: int = 1) -> tuple[FilterGroup, ...]:
     """The groups that LoFT deals to its workers.
 
     `paper`: as in the poster and its release, all but stage 1 and the strided first block of the later stages.
-    `all-blocks`: every group.
+    `all-blocks`: every group. Workers hold multiples of `unit` filters where the width allows it.
     """
     if rule == "all-blocks":
-        return tuple(groups)
+        return tuple(replace(group, unit=unit) for group in groups)
     if rule == "paper":
-        return tuple(group for group in groups if group.stage > 1 and not group.changes_shape)
+        return tuple(replace(group, unit=unit) for group in groups if group.stage > 1 and not group.changes_shape)
     raise LoftError(f"unknown partition rule '{rule}': choose one of {', '.join(PARTITION_RULES)}")
 
 
-def shares(width: int, workers: int) -> list[int]:
-    """How many of `width` filters each worker holds: equal, the first `width % workers` one more. The same in every round."""
-    return [width // workers + (worker < width % workers) for worker in range(workers)]
+def shares(width: int, workers: int, unit: int = 1) -> list[int]:
+    """How many of `width` filters each worker holds, in units: equal, the first workers one unit more where they do not divide.
+
+    A unit of 1 serves where `unit` does not divide the width, or where there are fewer units than workers.
+    """
+    if width % unit or width // unit < workers:
+        unit = 1
+    units = width // unit
+    return [unit * (units // workers + (worker < units % workers)) for worker in range(workers)]
 
 
 def everything(groups: Sequence[FilterGroup]) -> dict[str, Tensor]:

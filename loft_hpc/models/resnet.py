@@ -3,12 +3,27 @@
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loft_hpc.models.architecture import Architecture, BlockShape
 
 CLASSIFIER = "fc."
 """Prefix of the classifier's parameters."""
+
+
+class Shortcut(nn.Conv2d):
+    """A strided 1x1 convolution without padding.
+
+    With fewer than 8 input channels, channels last, oneDNN's weight gradient of one is wrong, hangs or corrupts the heap on processors with
+    AVX2 alone (oneDNN issue 6035): there the pixels are picked first, which is the same function.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_channels >= 8 or x.is_cuda:
+            return super().forward(x)
+        rows, columns = self.stride
+        return F.conv2d(x[:, :, ::rows, ::columns].contiguous(memory_format=torch.channels_last), self.weight)
 
 
 class BasicBlock(nn.Module):
@@ -27,7 +42,7 @@ class BasicBlock(nn.Module):
         self.downsample = None
         if shape.changes_shape:
             self.downsample = nn.Sequential(
-                nn.Conv2d(shape.in_channels, shape.out_channels, 1, shape.stride, bias=False),
+                Shortcut(shape.in_channels, shape.out_channels, 1, shape.stride, bias=False),
                 nn.BatchNorm2d(shape.out_channels),
             )
 
@@ -53,7 +68,7 @@ class PreActivationBlock(nn.Module):
         self.conv2 = nn.Conv2d(hidden, shape.out_channels, 3, padding=1, bias=False)
         self.downsample = None
         if shape.changes_shape:
-            self.downsample = nn.Conv2d(shape.in_channels, shape.out_channels, 1, shape.stride, bias=False)
+            self.downsample = Shortcut(shape.in_channels, shape.out_channels, 1, shape.stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.relu(self.bn1(x))

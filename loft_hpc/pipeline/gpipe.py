@@ -20,7 +20,7 @@ from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.schedule import Schedule
-from loft_hpc.training.settings import MAX_BATCH, Optimisation, refuse_outside
+from loft_hpc.training.settings import MAX_BATCH, Computation, Optimisation, refuse_outside
 from loft_hpc.training.strategy import Advance, Strategy, everybodys_scores, refuse_other_network, summed
 from loft_hpc.training.trainer import FlatSGD, stop_statistics
 
@@ -65,7 +65,7 @@ class GPipe(Strategy):
 
     def __init__(
         self, architecture: Architecture, initial: Mapping[str, Tensor], settings: PipelineSettings, optimisation: Optimisation,
-        data: DataSet, order: Order, total_steps: int, precision: str, device: torch.device, world: World,
+        data: DataSet, order: Order, total_steps: int, computation: Computation, device: torch.device, world: World,
     ):  # fmt: skip
         settings.check_batch(order.batch_size)
         self.total_steps = total_steps
@@ -90,7 +90,7 @@ class GPipe(Strategy):
         borders = self._part.borders(architecture.block_outputs(data.info.image_size))
         self._pipeline = Pipeline(
             stage, self._part, *borders, settings.micro_batches, order.batch_size, Messages(world),
-            world.rank, settings.recompute, precision == "bfloat16", device,
+            world.rank, settings.recompute, computation.precision == "bfloat16", device,
         )  # fmt: skip
         self._step = 0
         self._whole: dict[str, Tensor] | None = None

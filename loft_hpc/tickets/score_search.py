@@ -85,7 +85,7 @@ class ScoreSearch(Strategy):
         self.batch_images = sum(len(part.indices(0)) for part in self._orders)
         self._data, self._world, self._rule = shop.data, shop.world, rule
         self.schedule = Schedule(shop.optimisation, shop.total_steps, shop.order.steps_per_epoch)
-        self._autocast = shop.precision == "bfloat16"
+        self._autocast = shop.computation.precision == "bfloat16"
         self._groups = filter_groups(shop.architecture)
         self._network = network_for(shop.architecture, None, weights, shop.device, "the initial state")
         stop_statistics(self._network)

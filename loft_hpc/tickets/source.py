@@ -16,7 +16,7 @@ from loft_hpc.models.groups import FilterGroup
 from loft_hpc.models.resnet import ResidualNetwork
 from loft_hpc.runs.run import Run
 from loft_hpc.tickets.ticket import Cost
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import Computation, Optimisation
 from loft_hpc.training.strategy import Strategy
 
 FINAL, INITIAL = "final", "init"
@@ -45,7 +45,7 @@ class Workshop:
     optimisation: Optimisation
     batch_parts: int | None
     seed: int
-    precision: str
+    computation: Computation
     device: torch.device
     world: World
 

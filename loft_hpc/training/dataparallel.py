@@ -15,7 +15,7 @@ from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.evaluation import network_for
 from loft_hpc.training.schedule import Schedule
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import Computation, Optimisation
 from loft_hpc.training.stopwatch import Stopwatch
 from loft_hpc.training.strategy import Advance, Strategy, bits, refuse_other_network, summed
 from loft_hpc.training.trainer import Trainer
@@ -32,7 +32,7 @@ class DataParallel(Strategy):
 
     def __init__(
         self, architecture: Architecture, hidden_widths: Mapping[str, int] | None, initial: Mapping[str, Tensor],
-        optimisation: Optimisation, data: DataSet, order: Order, total_steps: int, precision: str, device: torch.device, world: World,
+        optimisation: Optimisation, data: DataSet, order: Order, total_steps: int, computation: Computation, device: torch.device, world: World,
         mask: Mapping[str, Tensor] | None = None, batch_parts: int | None = None, skipped_steps: int = 0,
     ):  # fmt: skip
         """`mask`: 0/1 over some of the parameters, which are held at zero where it is 0. `batch_parts`: see `Order.in_parts`.
@@ -48,7 +48,7 @@ class DataParallel(Strategy):
         self._groups = filter_groups(architecture)
         network = network_for(architecture, hidden_widths, initial, device, "the initial state")
         self._buffer = ParameterBuffer(dict(network.named_parameters()))
-        self._trainer = Trainer(network, (self._buffer,), self.schedule, precision)
+        self._trainer = Trainer(network, (self._buffer,), self.schedule, computation)
         self._mask = None if mask is None else flat_mask(mask, self._buffer)
         if self._mask is not None:
             self._buffer.values.mul_(self._mask)

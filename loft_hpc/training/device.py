@@ -1,6 +1,7 @@
 """Which device and how many threads a rank computes with."""
 
 import os
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 
@@ -25,11 +26,15 @@ class Placement:
     """Whether exchange buffers go through pinned host memory."""
 
 
-def place(wanted: str, precision: str, world: World) -> tuple[torch.device, Placement]:
+def place(wanted: str, precision: str, world: World, compile: bool = False) -> tuple[torch.device, Placement]:
     """Choose this rank's device and its number of threads, and tell `world` about both.
 
-    GPUs go round by local rank. Exchange buffers stay on the GPU only where the engine has NCCL and no two ranks share one.
+    GPUs go round by local rank. Exchange buffers stay on the GPU only where the engine has NCCL and no two ranks share one. Raises
+    LoftError for what is not here: a GPU, or the C++ compiler that is needed to `compile` networks.
     """
+    compiler = os.environ.get("CXX", "g++")  # as torch looks for it
+    if compile and shutil.which(compiler) is None:
+        raise LoftError(f"--compile needs a C++ compiler, and there is no {compiler} here: install it, name one in CXX, or omit --compile")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise LoftError("--device cuda: torch sees no GPU here; check nvidia-smi and `loft doctor`, or use --device cpu")
     gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0

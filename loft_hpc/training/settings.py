@@ -79,6 +79,8 @@ class Computation:
     precision: str = "auto"
     """`float32` means float32, also on GPUs; `tf32` is float32 whose products are rounded to 10 bits, `bfloat16` runs convolutions under
     autocast, both on GPUs only; parameters stay float32. `auto` is tf32 on a GPU and float32 on a CPU."""
+    compile: bool = False
+    """Compile the network with torch.compile, on a GPU with CUDA graphs, before its first step. Rounding differs from an uncompiled run's."""
 
     def __post_init__(self):
         if self.device not in DEVICES:

@@ -1,5 +1,6 @@
 """Local SGD steps on one network, whichever it is: a full network, a sub-network, a ticket."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim.sgd import sgd
 from loft_hpc.data.dataset import Batch
 from loft_hpc.training.buffers import ParameterBuffer
 from loft_hpc.training.schedule import Schedule
+from loft_hpc.training.settings import Computation
 
 
 def named_subset(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -65,16 +67,27 @@ class FlatSGD:
             buffer.momentum.zero_()
 
 
+def compiled(network: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The network's forward and backward pass by torch.compile, on a GPU recorded as CUDA graphs.
+
+    It compiles at its first batch, once for each size of a batch: a LoFT worker keeps its parameters' shapes and addresses in all rounds.
+    """
+    if device.type == "cpu":
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says that it found no CUDA
+    return torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
 class Trainer:
     """A network, its parameters in flat buffers, and SGD over those buffers."""
 
-    def __init__(self, network: nn.Module, buffers: Sequence[ParameterBuffer], schedule: Schedule, precision: str):
+    def __init__(self, network: nn.Module, buffers: Sequence[ParameterBuffer], schedule: Schedule, computation: Computation):
         self.network = network
         self._device = next(network.parameters()).device
-        self._autocast = precision == "bfloat16"
+        self._autocast = computation.precision == "bfloat16"
         self._sgd = FlatSGD(buffers, schedule)
         stop_statistics(network)
         network.train()
+        self._forward: Callable[[Tensor], Tensor] = compiled(network, self._device) if computation.compile else network
 
     def reset_momentum(self) -> None:
         self._sgd.reset_momentum()
@@ -95,14 +108,14 @@ class Trainer:
         for step, parts in enumerate(batches, start=first_step):
             self._sgd.zero_gradients()
             images = global_batch or sum(len(labels) for _, labels in parts)
-            losses.append(sum(accumulate_gradients(self.network, part, images, self._autocast) for part in parts))
+            losses.append(sum(accumulate_gradients(self._forward, part, images, self._autocast) for part in parts))
             if combine_gradients:
                 combine_gradients()
             self._sgd.step(step)
         return torch.stack(losses)
 
 
-def accumulate_gradients(network: nn.Module, part: Batch, batch_images: int, autocast: bool) -> Tensor:
+def accumulate_gradients(network: Callable[[Tensor], Tensor], part: Batch, batch_images: int, autocast: bool) -> Tensor:
     """Add the gradients of a part of a batch of `batch_images`; returns its share of the mean loss."""
     images, labels = part
     with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):

@@ -36,13 +36,13 @@ CASES = {
     "loft": (["--local-iterations", "7"], EXCHANGED),
     "loft, momentum, all blocks": (["--local-iterations", "7", "--momentum-across-rounds", "carry", "--partition", "all-blocks"], EXCHANGED),
     "loft, long rounds": (["--local-iterations", "50", "--exchange", "alltoall"], MOVED),
-    "loft, alltoall": (["--local-iterations", "7", "--exchange", "alltoall", "--seed", "3"], MOVED),
+    "loft, alltoall": (["--local-iterations", "7", "--exchange", "alltoall", "--seed", "3", "--partition-unit", "4"], MOVED),
     "loft, alltoall, bfloat16, momentum": (
         ["--local-iterations", "7", "--exchange", "alltoall", "--transport-dtype", "bfloat16", "--momentum-across-rounds", "carry"],
         SIXTEEN_BIT,
     ),
     "loft, allgather, bfloat16": (
-        ["--local-iterations", "7", "--transport-dtype", "bfloat16"], SIXTEEN_BIT - {("alltoall", "partitioned")} | {("allgather", "partitioned")}
+        ["--local-iterations", "7", "--transport-dtype", "bfloat16", "--partition-unit", "4"], SIXTEEN_BIT - {("alltoall", "partitioned")} | {("allgather", "partitioned")}
     ),
     "loft, averaged every 3": (["--local-iterations", "4", "--exchange", "alltoall", "--transport-dtype", "bfloat16", "--average-every", "3"], SIXTEEN_BIT),
     "loft, snapshots by steps": (

@@ -13,7 +13,7 @@ from loft_hpc.models.resnet import build
 from loft_hpc.runs.checkpoints import Checkpoint
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.evaluation import judge, network_for, reestimate_statistics
-from loft_hpc.training.settings import Evaluation, Optimisation
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 
 from tiny import CPU, initial_state, tiny
 
@@ -24,7 +24,7 @@ BATCH = 10  # not divisible by 3 or 4: the ranks' parts are uneven
 def make(world, steps=4):
     data = digits(CPU)
     order = Order("split", data.info.train_images, BATCH, 3, world.rank, world.size)
-    return DataParallel(tiny(), None, initial_state(tiny()), Optimisation(lr=0.1), data, order, steps, "float32", CPU, world)
+    return DataParallel(tiny(), None, initial_state(tiny()), Optimisation(lr=0.1), data, order, steps, Computation(), CPU, world)
 
 
 def test_one_step_equals_the_mean_loss_over_the_whole_batch(world):

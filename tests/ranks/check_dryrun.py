@@ -36,7 +36,7 @@ from loft_hpc.models.groups import filter_groups, parameters_of, partitioned_gro
 from loft_hpc.pipeline.gpipe import PipelineSettings
 from loft_hpc.tickets.masks import FilterMask, Mask, WeightMask, weight_shapes
 from loft_hpc.training.dataparallel import DataParallel
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import Computation, Optimisation
 
 from tiny import CPU, initial_state, make_gpipe, make_loft, tiny
 
@@ -71,7 +71,7 @@ def make_data_parallel(world, ticket: Mask | None = None, batch_parts: int | Non
     if ticket:
         widths, initial = ticket.hidden_widths, parameters_of(ticket.carve(initial))
     mask, optimisation = ticket.weights if ticket else None, Optimisation()
-    return DataParallel(tiny(), widths, initial, optimisation, data, order, 8, "float32", CPU, world, mask, batch_parts)
+    return DataParallel(tiny(), widths, initial, optimisation, data, order, 8, Computation(), CPU, world, mask, batch_parts)
 
 
 def tensors_of(value: object, seen: dict[int, object]) -> Iterator[Tensor]:

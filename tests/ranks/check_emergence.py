@@ -17,7 +17,7 @@ from loft_hpc.models.groups import filter_groups
 from loft_hpc.models.scores import filter_scores
 from loft_hpc.runs.run import Run
 from loft_hpc.training.dataparallel import DataParallel
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import Computation, Optimisation
 
 from check_cli import ask, refuse
 from tiny import CPU, initial_state, make_gpipe, make_loft, tiny
@@ -102,7 +102,7 @@ def test_scores_of_the_baselines_too(world):
     check_scores(world, training, architecture)
     data = digits(CPU)
     order = Order("split", data.info.train_images, 16, 5, world.rank, world.size)
-    parallel = DataParallel(architecture, None, initial_state(architecture), Optimisation(), data, order, 12, "float32", CPU, world)
+    parallel = DataParallel(architecture, None, initial_state(architecture), Optimisation(), data, order, 12, Computation(), CPU, world)
     parallel.advance(5)
     check_scores(world, parallel, architecture)
 

@@ -12,7 +12,7 @@ from loft_hpc.comm.world import World
 from loft_hpc.data.embedded import digits
 from loft_hpc.data.order import Order
 from loft_hpc.training.dataparallel import DataParallel
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import Computation, Optimisation
 
 from tiny import CPU, initial_state, make_gpipe, make_loft, tiny
 
@@ -32,7 +32,7 @@ def worlds(world) -> list[World]:
 def make_data_parallel(world) -> DataParallel:
     data = digits(CPU)
     order = Order("split", data.info.train_images, 10, 5, world.rank, world.size)
-    return DataParallel(tiny(), None, initial_state(tiny()), Optimisation(lr=0.1), data, order, 12, "float32", CPU, world)
+    return DataParallel(tiny(), None, initial_state(tiny()), Optimisation(lr=0.1), data, order, 12, Computation(), CPU, world)
 
 
 TRAININGS = {

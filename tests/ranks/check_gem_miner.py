@@ -15,7 +15,7 @@ from loft_hpc.jobs.retrain import ticket_data
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.dataparallel import DataParallel
 from loft_hpc.training.evaluation import judge, network_for
-from loft_hpc.training.settings import Evaluation, Optimisation
+from loft_hpc.training.settings import Computation, Evaluation, Optimisation
 
 from tiny import CPU
 
@@ -39,7 +39,7 @@ def test_its_ticket_beats_its_shuffled_mask_and_random_weights(world, tmp_path_f
     def finetuned(variant: Ticket) -> float:
         order = Order("split", data.info.train_images, 32, seed, 0, 1)
         training = DataParallel(
-            variant.architecture, None, variant.state, Optimisation(lr=0.1), data, order, 2 * order.steps_per_epoch, "float32", CPU, alone,
+            variant.architecture, None, variant.state, Optimisation(lr=0.1), data, order, 2 * order.steps_per_epoch, Computation(), CPU, alone,
             variant.mask.weights,
         )  # fmt: skip
         while training.advance().step < training.total_steps:

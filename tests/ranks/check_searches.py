@@ -21,7 +21,7 @@ from loft_hpc.tickets.score_search import ScoreSearch, SearchRule, freezings, se
 from loft_hpc.tickets.source import Workshop
 from loft_hpc.tickets.ticket import Ticket
 from loft_hpc.training.dataparallel import DataParallel
-from loft_hpc.training.settings import Optimisation
+from loft_hpc.training.settings import Computation, Optimisation
 
 from tiny import CPU, initial_state, tiny
 
@@ -34,7 +34,7 @@ TOTAL = sum(shape.numel() for shape in weight_shapes(tiny()).values())
 def shop(world, steps=24, parts=PARTS) -> Workshop:
     data = digits(CPU)
     order = Order("split", data.info.train_images, 360, 3, world.rank, world.size)  # three steps an epoch
-    return Workshop(tiny(), data, order, steps, Optimisation(lr=30.0, weight_decay=0), parts, 1, "float32", CPU, world)
+    return Workshop(tiny(), data, order, steps, Optimisation(lr=30.0, weight_decay=0), parts, 1, Computation(), CPU, world)
 
 
 def search(world, rule=None, **details) -> ScoreSearch:
@@ -56,7 +56,7 @@ def masked(world, parts=PARTS) -> tuple[DataParallel, dict[str, torch.Tensor]]:
         digits(CPU),
         order,
         12,
-        "float32",
+        Computation(),
         CPU,
         world,
         mask,

@@ -95,7 +95,7 @@ def imp(source: Source, options: ImpOptions, ratios: Sequence[float]) -> Iterato
 
             def make(shop: Workshop, weights: Mapping[str, Tensor] = weights, mask: Mapping[str, Tensor] = mask) -> DataParallel:
                 return DataParallel(
-                    shop.architecture, None, weights, shop.optimisation, shop.data, shop.order, shop.total_steps - skipped, shop.precision,
+                    shop.architecture, None, weights, shop.optimisation, shop.data, shop.order, shop.total_steps - skipped, shop.computation,
                     shop.device, shop.world, mask, shop.batch_parts, skipped,
                 )  # fmt: skip
 
