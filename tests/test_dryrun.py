@@ -132,7 +132,8 @@ def test_four_times_the_gpus_for_a_tenth_less_time_is_told(capsys):
     assert [plan["worker_seconds"] / 3600 for plan in (four, sixteen)] == pytest.approx([21, 75], abs=0.5)
     assert sixteen["images"] == 4 * four["images"] == 16 * 20 * (1_281_167 // 256) * 256
     assert sharded["images"] == 16 * 20 * (1_281_167 // 16 // 256) * 256
-    shards, parallel = sixteen["beside"]
+    shards, parallel, pipeline = sixteen["beside"]
+    assert pipeline["options"] == "--strategy gpipe" and "16" in pipeline["impossible"]
     assert (shards["seconds"], shards["images"]) == (sharded["training_seconds"], sharded["images"])
     assert parallel["options"] == "--strategy data-parallel"
     assert parallel["seconds"] == pytest.approx(20 * 119.5, rel=0.001)
@@ -144,7 +145,7 @@ def test_four_times_the_gpus_for_a_tenth_less_time_is_told(capsys):
         "4 workers (5.24 h, 21 GPU-hours)",
     ):
         assert words in sixteen["warning"], sixteen["warning"]
-    assert sharded["warning"] is None and [one["options"] for one in sharded["beside"]] == ["--strategy data-parallel"]
+    assert sharded["warning"] is None and [one["options"] for one in sharded["beside"]] == ["--strategy data-parallel", "--strategy gpipe"]
 
 
 def test_the_first_lines_are_the_answer(capsys):
@@ -155,8 +156,8 @@ def test_the_first_lines_are_the_answer(capsys):
         "images of all workers together: 102,481,920 (20 epochs of 5,124,096); each worker sees all images, and --shard-data splits them"
     )
     assert lines[2].startswith("wall time: 5.24 h, 21 GPU-hours")
-    ways = ["as asked", "with --shard-data", "with --strategy data-parallel"]
-    assert [line.split("  ")[0] for line in lines[8:11]] == ways
+    ways = ["as asked", "with --shard-data", "with --strategy data-parallel", "with --strategy gpipe"]
+    assert [line.split("  ")[0] for line in lines[8:12]] == ways
     assert lines[-1].startswith("next: mpirun -np 4 with this command")
 
 
@@ -171,7 +172,7 @@ def test_what_more_workers_make_shorter_is_not_warned_of(capsys):
 
 def test_a_way_that_cannot_be_says_why(capsys):
     plan = planned_json(capsys, "--workers", "16", "--batch-size", "16")
-    assert [bool(one["impossible"]) for one in plan["beside"]] == [False, True]
+    assert [bool(one["impossible"]) for one in plan["beside"]] == [False, True, True]
     assert "normalisation needs 2" in plan["beside"][1]["impossible"] and plan["beside"][1]["images"] is None
 
 

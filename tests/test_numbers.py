@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from loft_hpc.cli.main import COMMANDS, loft, run
-from loft_hpc.cli.pruning import emptied_line, removed_text
+from loft_hpc.cli.pruning import emptied_line
 from loft_hpc.comm.ledger import Ledger
 from loft_hpc.errors import LoftError
 from loft_hpc.files import checksum, read_json, read_tensors, write_json, write_tensors
@@ -24,7 +24,7 @@ from loft_hpc.jobs.prune import ticket_names
 from loft_hpc.jsontext import finite_or_none, from_json_text, to_json_text
 from loft_hpc.models.architecture import architecture
 from loft_hpc.models.groups import filter_groups
-from loft_hpc.models.scores import filter_scores
+from loft_hpc.models.scores import filter_scores, removed_text
 from loft_hpc.runs.log import EventLog
 from loft_hpc.tickets.block_scores import removable
 from loft_hpc.tickets.counts import largest, largest_of_all

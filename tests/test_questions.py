@@ -104,6 +104,7 @@ def test_all_that_lies_in_runs_can_be_compared(ask, home):
     (home / "runs/notes").mkdir(exist_ok=True)
     lines = ask("compare", "runs/RUN", "runs/RETRAINED", "runs/notes", *QUICK)
     assert "note: runs/notes is passed over: it is no run" in lines
+    assert lines[-1].startswith(f"next: loft check {TICKET} ")
     assert "runs/nowhere is no folder" in ask("compare", "runs/RUN", "runs/nowhere", code=1)[0]
     assert "was not retrained yet: loft retrain" in ask("compare", "runs/RUN/tickets/random-seed0-0.8-init", code=1)[0]
 
@@ -119,7 +120,7 @@ def test_could_it_have_stopped(ask):
     command = ("sweep", "runs/RUN", "--ratio", "0.8", "--at", "epoch:2", "--at", "epoch:4", "--epochs", "1", *SHORT)
     lines = ask(*command)
     assert "it is empty where that was not trained: give the same command with --dense" in lines
-    assert re.match(r"data-parallel\+1|loft\+1, 80 % pruned \(1 run\): pretraining could", lines[-1])
+    assert re.match(r"(data-parallel|loft)\+1, 75 % \(asked 80 %\) pruned \(1 run\): .*pretraining could", lines[-1])
     points = json.loads("\n".join(ask(*command, "--dense", "--format", "json")))["points"]
     for point in points:
         dense = Run.open(Path("runs/RUN/sweeps/default") / f"dense-{point['snapshot'].replace(':', '-')}")

@@ -1,12 +1,14 @@
 """What accuracies over seeds say: the verdicts of `loft check`, and whether a pretraining could have stopped earlier."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_1samp, ttest_ind
 
-from loft_hpc.analysis.statistics import mean_interval
+from loft_hpc.analysis.statistics import difference_interval, mean_interval
+from loft_hpc.jobs.leaders import leaders
 from loft_hpc.jobs.stops import Saved, earliest_stops, stop_sentence
 from loft_hpc.jobs.sweep import Point
 from loft_hpc.jobs.verdicts import BETTER, INCONCLUSIVE, NO_BETTER, WINNING, judge
@@ -117,3 +119,42 @@ def test_the_earliest_stop(curves, snapshot, says):
     ]
     (stop,) = earliest_stops(points)
     assert stop.snapshot == snapshot and says in stop_sentence(stop, Saved(0.5, 0.5, 0.5))
+
+
+def test_the_interval_of_a_difference_is_welchs():
+    first, second = [60.0, 62.0, 61.0, 64.0], [58.0, 57.5, 59.0]
+    difference, half = difference_interval(first, second)
+    theirs = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    assert (difference - half, difference + half) == pytest.approx((theirs.low, theirs.high))
+    assert difference_interval([1.0, 1.0], [1.0, 1.0]) == (0.0, 0.0)
+
+
+def contender(label: str, *accuracies: float, budget: str = "retrained", kind: str = "filter", ratio: float = 0.8) -> SimpleNamespace:
+    values = [accuracy / 100 for accuracy in accuracies]
+    return SimpleNamespace(label=label, kind=kind, asked_ratio=ratio, budget=budget, accuracies=values, mean=float(np.mean(values)))
+
+
+@pytest.mark.parametrize(
+    ("rivals", "says"),
+    [
+        ([("random", 50, 51, 52), ("magnitude", 60, 61, 62), ("snip", 55, 55, 56)], "magnitude is ahead: +5.67 +- "),
+        ([("random", 60, 61, 63), ("magnitude", 60, 62, 63)], "not told apart: magnitude and random (+0.33 +- "),
+        ([("random", 50), ("magnitude", 60)], "magnitude is 10.00 points above random, which may be chance"),
+        ([("random", 50, 51, 52), ("magnitude", 60)], "which may be chance"),
+        ([("magnitude", 60, 60), ("random", 60, 60)], "not told apart"),
+    ],
+)  # fmt: skip
+def test_which_finder_is_ahead(rivals, says):
+    (sentence,) = leaders([contender(*rival) for rival in rivals] + [contender("dense (loft+4)", 90, 91, kind="dense")])
+    assert sentence.startswith("80 % of the filters pruned, retrained: ") and says in sentence
+
+
+def test_what_is_not_alike_is_not_ranked():
+    assert not leaders(
+        [
+            contender("magnitude", 60, 61),
+            contender("random", 50, 51, budget="retrained longer"),
+            contender("imp", 70, 71, kind="weight"),
+            contender("bn-scale", 40, 41, ratio=0.5),
+        ]
+    )

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from loft_hpc.analysis.distance import GroupDistance
-from loft_hpc.analysis.statistics import mean_interval
+from loft_hpc.analysis.statistics import NEAR, mean_interval
 from loft_hpc.analysis.timing import Seconds
 from loft_hpc.files import write_atomically
 
@@ -157,15 +157,17 @@ class Point(Protocol):
     epoch: float
     ratio: float
     """What was asked for."""
-    pruning_ratio: float
-    """What was removed."""
     accuracy: float
     dense_accuracy: float | None
+
+    @property
+    def removed(self) -> str:
+        """Shares in words, that are removed and that were asked for."""
 
 
 def plot_sweep(points: Sequence[Point], path: Path) -> None:
     """Accuracy after retraining over the snapshot's epoch: a curve for each label and pruning ratio, and one for the dense network that was
-    retrained from the same snapshots.
+    retrained from the same snapshots. A dotted line lies NEAR points below the last ticket: earlier ones above it are as good.
 
     Several runs of one label are averaged; three and more with the 95 % interval of their mean (Student).
     """
@@ -182,11 +184,13 @@ def plot_sweep(points: Sequence[Point], path: Path) -> None:
                 epochs = [float(np.mean([point.epoch for point in group])) for group in groups]
                 means, halves = zip(*(_interval([100 * point.accuracy for point in group]) for group in groups), strict=True)
                 axes.errorbar(epochs, means, yerr=halves, color=colour, marker=marker, capsize=3, label=f"{label}, ticket retrained")
+                if len(groups) > 1:
+                    axes.axhline(means[-1] - NEAR, color=colour, linestyle=":", linewidth=1, label=f"{NEAR:g} point below the last ticket")
                 dense = [[point.dense_accuracy for point in group] for group in groups]
                 if all(accuracy is not None for accuracies in dense for accuracy in accuracies):
                     means = [100 * float(np.mean(accuracies)) for accuracies in dense]
                     axes.plot(epochs, means, color=colour, linestyle="--", linewidth=1, label=f"{label}, dense network retrained")
-            axes.set_title(f"{100 * next(point.pruning_ratio for point in points if point.ratio == ratio):.4g} % pruned")
+            axes.set_title(f"{next(point.removed for point in points if point.ratio == ratio)} pruned")
             axes.set_xlabel("epoch of pretraining whose ticket is retrained")
             axes.grid(alpha=0.3)
         panels[0][0].set_ylabel("test accuracy (%)")

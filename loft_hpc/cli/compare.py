@@ -11,11 +11,14 @@ from loft_hpc.cli.options import device_option, fill, plot_option, reading_optio
 from loft_hpc.cli.units import bytes_text
 from loft_hpc.data.registry import Reading
 from loft_hpc.jobs.compare import Contender, compare, to_fields
+from loft_hpc.jobs.leaders import leaders, next_step
+
+ROBUSTNESS = ("FGSM, %", "PGD, %", "corrupted, %")
 
 
 @click.command("compare")
 @click.argument("runs", metavar="RUN_OR_TICKET...", nargs=-1, required=True, type=click.Path())
-@measure_options(energy=True, robustness=True)
+@measure_options(energy=True, robustness=False)
 @reading_options
 @plot_option("accuracy after retraining over density, with 95 % intervals.")
 @device_option
@@ -24,7 +27,7 @@ from loft_hpc.jobs.compare import Contender, compare, to_fields
 )
 @click.pass_context
 def command(context: click.Context, runs: tuple[str, ...], plot: Path | None, device: str, format: str, **options: Any) -> None:
-    """Retrained tickets side by side, whatever found them: accuracy, size, cost of finding, latency, memory, energy, robustness.
+    """Retrained tickets side by side, whatever found them: accuracy, size, cost of finding, latency, memory, energy.
 
     Give runs of loft retrain (a ticket stands for its own), and of loft pretrain. What had another start or another training stands in a
     table of its own: it cannot be ranked against the others. "Against dense" is the difference to the dense network that was retrained from
@@ -48,13 +51,14 @@ def command(context: click.Context, runs: tuple[str, ...], plot: Path | None, de
     records = [to_fields(one, settings.carbon_intensity) for one in contenders]
     header = [
         "method", "kind", "density", "FLOPs", "accuracy, %", "runs", "against dense, points", "images seen", "epochs to find", "handed over to find",
-        "speed-up", "training memory", "energy saved", "FGSM, %", "PGD, %", "corrupted, %",
+        "speed-up", "training memory", "energy saved",
+        *(ROBUSTNESS if settings.robustness else ()),
     ]  # fmt: skip
     notes = [
         "density: parameters that stay; FLOPs: share of the dense network's, a multiply-add counting 2, weights that are masked left out",
         "images seen: by the weights, in pretraining and retraining, of all workers together; epochs to find: of all workers together",
         "handed over to find: bytes that the ranks handed over for sending (loft commcost has the other counts)",
-        f"intervals: 95 %, Student; speed-up: latency of {settings.latency_batch} images, dense over ticket",
+        f"intervals: 95 %, Student; speed-up: latency of {settings.latency_batch} images, dense over ticket, with the quartiles furthest apart",
     ]
     if settings.latency_batch < 2:
         notes.append(NO_TRAINING_MEMORY)
@@ -70,16 +74,21 @@ def command(context: click.Context, runs: tuple[str, ...], plot: Path | None, de
     notes += [f"note: {note}" for note in compared.notes]
     missing = dict.fromkeys(one.dense_command for one in contenders if one.dense_command)
     notes += [f"against dense is empty where that network was not retrained likewise: {command}" for command in missing]
-    rows = [_row(one) for one in contenders]
+    rows = [_row(one)[: len(header)] for one in contenders]
     if format == "table":
         budgets = list(dict.fromkeys(one.budget for one in contenders))
         tables = [
             f"{budget}\n{table(header, [row for row, one in zip(rows, contenders, strict=True) if one.budget == budget])}"
             for budget in budgets
         ]
-        job.say("\n\n".join(tables) + "\n\n" + "\n".join(notes))
+        lines = [*leaders(contenders), "", "\n\n".join(tables), "", *notes]
+        job.say("\n".join([*lines, next_step(contenders)]).strip("\n"))
         return
-    job.show(format, {"tickets": records, "notes": list(compared.notes)}, Report(header, rows, records, notes).printed(format))
+    job.show(
+        format,
+        {"tickets": records, "leaders": leaders(contenders), "notes": list(compared.notes)},
+        Report(header, rows, records, notes).printed(format),
+    )
 
 
 def _row(one: Contender) -> list[str]:
@@ -102,7 +111,7 @@ def _row(one: Contender) -> list[str]:
         "" if one.images is None else f"{one.images:,}",
         f"{one.cost.epochs:.1f}",
         bytes_text(one.cost.payload_bytes),
-        f"{fields['speedup']:.2f}x",
+        f"{fields['speedup']:.2f}x ({fields['speedup_low']:.2f} to {fields['speedup_high']:.2f})",
         "" if fields["training_memory_share"] is None else f"{per_cent(fields['training_memory_share'])} %",
         "" if fields["energy_saved_share"] is None else f"{per_cent(fields['energy_saved_share'])} %",
         per_cent(fields.get("accuracy_fgsm")),

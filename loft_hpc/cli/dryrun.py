@@ -327,7 +327,7 @@ def _memory_table(made: Plan) -> str:
         types |= dict.fromkeys(("exchange_bytes", "averaging_bytes"), settings.loft.transport_dtype)
     labels = {key: f"{label} ({types[key]})" if key in types else label for key, label in _MEMORY_LINES.items()}
     lines = [
-        [label, *(_binary(memory[key]) for memory in memories)]
+        [label, *(memory_text(memory[key]) for memory in memories)]
         for key, label in labels.items()
         if key not in _WHERE_IT_DIFFERS or any(memory[key] for memory in memories)
     ]
@@ -349,7 +349,7 @@ def _row(sizes: dict[str, float]) -> list[str]:
     return [f"{sizes[column]:,.0f}" for column in columns]
 
 
-def _binary(size: int) -> str:
+def memory_text(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 

@@ -13,6 +13,7 @@ from loft_hpc.cli.dryrun import (
     MAX_WORKERS,
     cost_text,
     describing_options,
+    memory_text,
     outlook_fields,
     outlook_table,
     shape_text,
@@ -25,8 +26,9 @@ from loft_hpc.cli.pruning import prunings_of
 from loft_hpc.errors import LoftError
 from loft_hpc.jobs.dryrun import Choice, choose, data_shape, retraining, runs_on_gpu
 from loft_hpc.jobs.jobscript import JobScript, read_script
+from loft_hpc.jobs.memory import rank_memories
 from loft_hpc.jobs.plan import Stage, pruning_stage, retraining_of, summed
-from loft_hpc.jobs.prediction import Case
+from loft_hpc.jobs.prediction import Case, Outlook
 from loft_hpc.jobs.retrain import ticket_data
 from loft_hpc.tickets.ticket import Ticket
 
@@ -40,6 +42,8 @@ class _Stages:
         self.choices: dict[str, Choice] = {}
         """The trainings, by the names of their stages."""
         self.notes: list[str] = []
+        self.memory: tuple[int, str] | None = None
+        """The most that a rank holds, and in which stage."""
         self._case: Case | None = None
         self._drawn: tuple = ()
 
@@ -88,6 +92,8 @@ class _Stages:
 
     def _training(self, name: str, case: Case) -> None:
         self.choices[name] = choose(case, self._workers, self._cluster)
+        most = max(memory.total for memory in rank_memories(case, self._workers, runs_on_gpu(case.settings.computation, self._cluster)))
+        self.memory = max(self.memory or (0, ""), (most, name), key=lambda one: one[0])
         self.stages.append(Stage(name, self.choices[name].asked))
 
     @property
@@ -144,6 +150,35 @@ def _gpu_warning(script: JobScript, workers: int) -> list[str]:
     return []
 
 
+def _retraining_share(stages: _Stages, total: Outlook) -> list[str]:
+    """What the retrainings take of the whole, where that is the greater part."""
+    own = [stage.outlook for stage in stages.stages if stage.name.startswith("retrain")]
+    part, whole = sum(one.images for one in own), total.images
+    kind = "images"
+    if total.seconds is not None:
+        part, whole, kind = sum(one.seconds for one in own), total.seconds, "time"
+    if not own or part <= whole / 2:
+        return []
+    return [
+        f'Retraining takes {100 * part / whole:.0f} % of the {kind}: fewer tickets, or LOFT_RETRAIN_OPTIONS="--epochs N" (slurm/common.sh), '
+        "take less."
+    ]
+
+
+def _beside(stages: _Stages, on_gpu: bool) -> list[str]:
+    """What else a pretraining could be on as many workers."""
+    lines = []
+    for name, choice in stages.choices.items():
+        if name.startswith("pretrain") and choice.beside:
+            rows = [("as asked", choice.asked), *((f"with {one.options}", one) for one in choice.beside)]
+            lines += [
+                outlook_table(rows, name, on_gpu),
+                *(f"-: {one.options}: {one.impossible}" for one in choice.beside if one.impossible),
+                "",
+            ]
+    return lines
+
+
 def _show(
     job: Job, format: str, script: JobScript, stages: _Stages, workers: int, cluster: Cluster | None
 ) -> None:  # fmt: skip
@@ -157,6 +192,7 @@ def _show(
     notes = [
         *dict.fromkeys(stages.notes),
         BYTES_NOTE,
+        f"Memory: at most {memory_text(stages.memory[0])} a rank, in {stages.memory[1]} (parts: its --dry-run).",
         f"{worker_hours(on_gpu)}: of all workers, which the job holds to its end.",
     ]
     if cluster:
@@ -174,6 +210,8 @@ def _show(
         "cluster": cluster and cluster.name,
         "stages": [{"stage": name, **outlook_fields(one)} for name, one in rows],
         "sum": outlook_fields(total),
+        "beside": {name: [outlook_fields(one) for one in choice.beside] for name, choice in stages.choices.items()},
+        "memory_bytes": stages.memory[0],
         "warnings": warnings,
         "notes": notes,
     }
@@ -185,7 +223,9 @@ def _show(
         *warnings,
         "",
         outlook_table([*rows, ("sum", total)], "stage", on_gpu),
+        *_retraining_share(stages, total),
         "",
+        *_beside(stages, on_gpu),
         *notes,
         f"next: sbatch {script.path}",
     ]

@@ -11,11 +11,12 @@ from loft_hpc.cli.context import Job, format_option, table
 from loft_hpc.cli.options import batch_parts_option, device_option, fill, reading_options, refuse_path, supervision_options
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
-from loft_hpc.cli.pruning import emptied_line, finder_options, prunings_of, removed_text
+from loft_hpc.cli.pruning import emptied_line, finder_options, prunings_of
 from loft_hpc.data.registry import Reading
 from loft_hpc.jobs.comparable import start_name, start_text
 from loft_hpc.jobs.prune import prune
 from loft_hpc.jobs.source import BLOCK_CHOICES, Surroundings
+from loft_hpc.models.scores import removed_text
 from loft_hpc.training.settings import Supervision
 from loft_hpc.training.watching import Oversight
 

@@ -41,12 +41,6 @@ def finder_options(command: Callable) -> Callable:
     )(command)
 
 
-def removed_text(removed: float, asked: float) -> str:
-    """The share of the units that is removed, and what was asked for where that is another one."""
-    said, wished = f"{100 * removed:.4g} %", f"{100 * asked:.4g} %"
-    return said if said == wished else f"{said} (asked {wished})"
-
-
 def emptied_line(what: str, layers: Sequence[str]) -> str:
     """That a ticket of weights keeps none of some layers."""
     return f"{what} keeps no weight of {len(layers)} layer{'s' * (len(layers) > 1)}: {', '.join(layers)}"

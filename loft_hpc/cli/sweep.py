@@ -22,7 +22,7 @@ from loft_hpc.cli.options import (
 from loft_hpc.cli.presets import preset_option
 from loft_hpc.cli.progress import Progress
 from loft_hpc.cli.prune import blocks_option, ratio_option
-from loft_hpc.cli.pruning import emptied_line, finder_options, prunings_of, removed_text
+from loft_hpc.cli.pruning import emptied_line, finder_options, prunings_of
 from loft_hpc.data.registry import DataSettings, Reading
 from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.retrain import LEARNING_RATE, RetrainSettings
@@ -119,11 +119,11 @@ def command(
     stops = [(stop, stop.saved()) for stop in earliest_stops(points)]
     fields = [{**asdict(point), "run": str(point.run), "retrained": str(point.retrained)} for point in points]
     rows = [
-        [str(point.run), point.label, point.snapshot, removed_text(point.pruning_ratio, point.ratio), f"{100 * point.accuracy:.2f} %",
+        [str(point.run), point.label, point.snapshot, f"{point.epoch:.4g}", point.removed, f"{100 * point.accuracy:.2f} %",
          "" if point.dense_accuracy is None else f"{100 * (point.accuracy - point.dense_accuracy):+.2f}"]
         for point in points
     ]  # fmt: skip
-    header = ["run", "strategy", "snapshot", "pruned", "retrained", "against dense"]
+    header = ["run", "strategy", "snapshot", "epochs done", "pruned", "retrained", "against dense"]
     notes = [emptied_line(str(point.retrained), point.emptied_layers) for point in points if point.emptied_layers]
     notes.append("against dense: points over the dense network that was retrained from the same snapshot by the same recipe")
     if any(point.dense_accuracy is None for point in points):

@@ -334,6 +334,8 @@ def to_fields(contender: Contender, intensity: float = WORLD_GRAMS_PER_KWH) -> d
         "latency_median_seconds": measured.latency.median_seconds,
         "throughput_images_per_second": measured.latency.throughput,
         "speedup": measured.dense_latency.median_seconds / measured.latency.median_seconds,
+        "speedup_low": measured.dense_latency.low_seconds / measured.latency.high_seconds,
+        "speedup_high": measured.dense_latency.high_seconds / measured.latency.low_seconds,
         "joules_per_1000_images": energies[0],
         "energy_saved_share": None if energies[0] is None else 1 - energies[0] / energies[1],
         "grams_co2_per_million_images": None if measured.energy is None else grams_per_million(measured.energy[0], intensity),

@@ -101,7 +101,7 @@ def plan(case: Case, workers: int, cluster: Cluster | None) -> Plan:
 
 
 def beside(case: Case, workers: int, cluster: Cluster | None) -> list[Outlook]:
-    """The same recipe with sharded data (for LoFT with replicated data) and data-parallel, on as many workers.
+    """The same recipe with sharded data (for LoFT with replicated data), data-parallel, and as a pipeline (for LoFT), on as many workers.
 
     None for a single worker, for which they are all the same, and for a training that is planned in rounds, not epochs.
     """
@@ -111,6 +111,8 @@ def beside(case: Case, workers: int, cluster: Cluster | None) -> list[Outlook]:
         if settings.strategy == "loft" and not settings.loft.shard_data:
             others.append(("--shard-data", replace(settings, loft=replace(settings.loft, shard_data=True))))
         others.append(("--strategy data-parallel", replace(settings, strategy="data-parallel")))
+        if settings.strategy == "loft" and settings.batch_size >= settings.pipeline.micro_batches and not settings.computation.compile:
+            others.append(("--strategy gpipe", replace(settings, strategy="gpipe")))
     return [outlook(replace(case, settings=other), workers, cluster, options) for options, other in others]
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loft_hpc.analysis.statistics import mean_interval
+from loft_hpc.analysis.statistics import NEAR, mean_interval
 from loft_hpc.errors import LoftError
 from loft_hpc.filterwise.emergence import LEFT, Emergence, Stopping
 from loft_hpc.jobs.cost import cost_of
@@ -13,9 +13,6 @@ from loft_hpc.jobs.pretrain import settings_of
 from loft_hpc.jobs.sweep import Point
 from loft_hpc.jsontext import finite_or_none
 from loft_hpc.runs.run import Run
-
-NEAR = 1.0
-"""Percentage points that make no difference between two tickets, as `loft check` has it by default."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +126,9 @@ class Stop:
 
     label: str
     ratio: float
+    """What was asked for."""
+    removed: str
+    """Shares in words, that are removed and that were asked for."""
     runs: tuple[Path, ...]
     epochs: tuple[float, ...]
     """Done at that snapshot, by run."""
@@ -169,7 +169,7 @@ def earliest_stops(points: Sequence[Point]) -> list[Stop]:
         name, paths = common[first], tuple(own[0].run for own in by_run)
         epochs = tuple(next(point.epoch for point in own if point.snapshot == name) for own in by_run)
         earlier = tuple((before, *differences[before]) for before in common[:-1])
-        found.append(Stop(label, ratio, paths, epochs, name, common[-1], *differences[name], not first, earlier))
+        found.append(Stop(label, ratio, mine[0].removed, paths, epochs, name, common[-1], *differences[name], not first, earlier))
     return found
 
 
@@ -180,7 +180,7 @@ def _near(difference: float, half_width: float) -> bool:
 def stop_sentence(stop: Stop, saving: Saved) -> str:
     """The answer to the question whether this pretraining could have stopped earlier, and what that saves."""
     runs = len(stop.runs)
-    who = f"{stop.label}, {100 * stop.ratio:.4g} % pruned ({runs} run{'s' * (runs > 1)})"
+    who = f"{stop.label}, {stop.removed} pruned ({runs} run{'s' * (runs > 1)})"
     if stop.snapshot == stop.last:
         return f"{who}: {_not_earlier(stop)}"
     interval = f" +- {stop.half_width:.2f}" if stop.half_width == stop.half_width else ", one run, no interval"

@@ -21,6 +21,7 @@ from loft_hpc.jobs.settings import CHANGEABLE, leaves, option_of, to_json
 from loft_hpc.jobs.source import Surroundings
 from loft_hpc.jobs.trained_on import TrainedOn, meet
 from loft_hpc.jsontext import to_json_text
+from loft_hpc.models.scores import removed_text
 from loft_hpc.runs.run import Run
 from loft_hpc.runs.snapshots import point_of
 from loft_hpc.tickets.pruning import Pruning
@@ -66,6 +67,11 @@ class Point:
     retrained: Path
     emptied_layers: tuple[str, ...] = ()
     """Layers of which a ticket of weights keeps none."""
+
+    @property
+    def removed(self) -> str:
+        """Shares in words, that are removed and that were asked for."""
+        return removed_text(self.pruning_ratio, self.ratio)
 
 
 class SweepWatcher(Protocol):

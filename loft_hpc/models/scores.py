@@ -76,3 +76,9 @@ def refuse_not_finite(scores: Mapping[str, Tensor | np.ndarray]) -> None:
 def removed_count(filters: int, ratio: float) -> int:
     """Filters to remove out of `filters`: the ratio rounded down to whole filters, so never all of them."""
     return math.floor(round(ratio * filters, 9))  # 0.29 * 100 is 28.999999999999996
+
+
+def removed_text(removed: float, asked: float) -> str:
+    """The share of the units that is removed, and what was asked for where that is another one."""
+    said, wished = f"{100 * removed:.4g} %", f"{100 * asked:.4g} %"
+    return said if said == wished else f"{said} (asked {wished})"
