@@ -18,6 +18,7 @@ from launching import launch, launch_environment, loft, told
 
 # A training that would go on for minutes if nobody ended it.
 LONG = ("pretrain", "--model", "resnet20", "--epochs", "500")
+KILLED = ("--model", "resnet20", "--widen", "0.5", "--epochs", "4", "--batch-size", "64", "--snapshot-every", "0")
 
 
 FAULTS = Path(__file__).parent.parent / "bin" / "faults"
@@ -85,12 +86,12 @@ def test_a_killed_rank_ends_the_job(tmp_path, victim):
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
 
 
-@pytest.mark.parametrize("victim", [0, 1, 3])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_in_the_middle_of_a_pipeline_ends_the_job(tmp_path, victim):
     """The others wait for its messages in MPI itself."""
     path = tmp_path / "run"
     options = ("--strategy", "gpipe", "--model", "resnet20", "--split", "balanced", "--epochs", "500", "--evaluate-every", "500")
-    process = start_training(4, path, *options, until="epoch")
+    process = start_training(3, path, *options, until="epoch")
     pids = rank_processes(process)
     os.kill(pids[victim], signal.SIGKILL)
     began = time.monotonic()
@@ -115,23 +116,6 @@ def test_a_mistake_on_one_rank_of_a_pipeline_ends_the_job(tmp_path):
     result = loft("pretrain", *common, ranks=2, seconds=90)
     assert result.code != 0
     assert "0.png cannot be read" in result.err and "Traceback" not in result.err
-
-
-@pytest.mark.parametrize(
-    ("ranks", "options", "code", "told_line"),
-    [
-        (4, (), 1, "loft: resnet20 has 3 stages, too few for 4 ranks: use --split balanced, or name the cuts"),
-        (2, ("--split", "9"), 1, "loft: --split 9 cuts after block 9, but resnet20 has 9: cut after 1 to 8"),
-        (2, ("--split", "3,5"), 1, "loft: --split 3,5 makes 3 stages for 2 ranks: give 1 cut"),
-        (2, ("--micro-batches", "5"), 2, "loft: --batch-size 64 cannot be cut into 5 equal micro-batches: make it a multiple of them"),
-        (2, ("--local-iterations", "4"), 2, "loft: --local-iterations belongs to --strategy loft (see loft pretrain --help)"),
-    ],
-)
-def test_mistakes_about_pipelines_are_told_once(tmp_path, ranks, options, code, told_line):
-    arguments = ("pretrain", "--strategy", "gpipe", "--model", "resnet20", "--run", tmp_path / "run", *options)
-    result = loft(*arguments, ranks=ranks, seconds=60)
-    assert result.code == code and told(result) == [told_line], result.err
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_alone_meets_a_mistake_says_so_and_ends_the_job(tmp_path):
@@ -190,13 +174,6 @@ def test_worlds_of_one_rank_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_more_ranks_than_filters(tmp_path):
-    result = loft("pretrain", "--model", "resnet20", "--widen", "0.1", "--run", tmp_path / "run", ranks=4, seconds=60)
-    assert result.code == 1
-    assert told(result) == ["loft: 4 ranks cannot share the 3 filters of layer2.1: start at most 3"]
-    assert not (tmp_path / "run").exists()
-
-
 def test_interrupted_training_can_be_resumed(tmp_path):
     process = wait_for_checkpoint(start_training(2, tmp_path / "run"), tmp_path / "run")
     process.send_signal(signal.SIGINT)
@@ -209,12 +186,17 @@ def test_interrupted_training_can_be_resumed(tmp_path):
     assert (tmp_path / "run" / "run.json").read_text() == description  # untouched by the refusal
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert loft("pretrain", *KILLED, "--run", path, ranks=2).code == 0
+    return path
+
+
 @pytest.mark.parametrize("after", ["first round", "first checkpoint"])
-def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(tmp_path, after):
-    options = ("--model", "resnet20", "--epochs", "4", "--batch-size", "64", "--snapshot-every", "0")
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert loft("pretrain", *options, "--run", whole, ranks=2).code == 0
-    process = start_training(2, broken, *options)
+def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(tmp_path, whole, after):
+    broken = tmp_path / "broken"
+    process = start_training(2, broken, *KILLED)
     if after == "first checkpoint":
         wait_for_checkpoint(process, broken)
     os.killpg(process.pid, signal.SIGKILL)
@@ -251,5 +233,4 @@ def test_doctor_and_help_work_without_mpirun():
     result = loft("doctor")
     assert result.code == 0
     assert [line.split()[1] for line in result.out.splitlines()][:5] == ["torch", "torchvision", "MPI", "mpirun", "Horovod"]
-    for command in ("pretrain", "prune", "retrain", "measure", "commcost", "doctor"):
-        assert loft(command, "--help").out.startswith(f"Usage: loft {command}")
+    assert loft("pretrain", "--help").out.startswith("Usage: loft pretrain")

@@ -23,7 +23,20 @@ from loft_hpc.training.interruption import WARNINGS, Interruption
 from launching import launch_environment, loft, told
 from test_faults import start_training
 
-SMALL = ("--model", "resnet20", "--epochs", "3", "--batch-size", "32", "--statistics-batches", "2", "--snapshot-every", "0")
+SMALL = (
+    "--model",
+    "resnet20",
+    "--widen",
+    "0.5",
+    "--epochs",
+    "4",
+    "--batch-size",
+    "64",
+    "--statistics-batches",
+    "2",
+    "--snapshot-every",
+    "0",
+)
 STRATEGIES = {
     "loft": ("--local-iterations", "5"),
     "loft, rarely averaged": ("--local-iterations", "3", "--exchange", "alltoall", "--transport-dtype", "bfloat16", "--average-every", "3"),
@@ -40,7 +53,7 @@ def whole(tmp_path_factory):
     def run(name: str):
         if name not in made:
             made[name] = tmp_path_factory.mktemp("whole") / "run"
-            assert loft("pretrain", *SMALL, *STRATEGIES[name], "--run", made[name], ranks=4).code == 0
+            assert loft("pretrain", *SMALL, *STRATEGIES[name], "--run", made[name], ranks=2).code == 0
         return made[name]
 
     return run
@@ -54,7 +67,7 @@ def test_a_warning_ends_all_ranks_at_one_step_and_nothing_is_lost(tmp_path, whol
     """As Slurm sends it before a preemption: a checkpoint, exit code 85, and a resumed run that ends as an undisturbed one."""
     path = tmp_path / "run"
     until = "round" if strategy.startswith("loft") else "epoch"
-    process = start_training(4, path, *SMALL, *STRATEGIES[strategy], until=until)
+    process = start_training(2, path, *SMALL, *STRATEGIES[strategy], until=until)
     time.sleep(0.3)
     process.send_signal(warning)
     _, err = process.communicate(timeout=120)
@@ -64,7 +77,7 @@ def test_a_warning_ends_all_ranks_at_one_step_and_nothing_is_lost(tmp_path, whol
     description = json.loads((path / "run.json").read_text())
     assert description["status"] == "interrupted" and description["interrupted_at_step"] < description["total_steps"]
     assert (path / "checkpoints" / f"{description['interrupted_at_step']:06d}").is_dir()
-    result = loft("pretrain", "--run", path, "--resume", ranks=4)
+    result = loft("pretrain", "--run", path, "--resume", ranks=2)
     assert result.code == 0, result.err
     assert f"going on at step {description['interrupted_at_step']} of" in result.out
     one, other = (read_tensors(folder / "model.safetensors") for folder in (whole(strategy), path))
@@ -160,29 +173,29 @@ def test_two_jobs_cannot_write_one_run(tmp_path):
             time.sleep(0.2)
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("loft", 2), ("loft", 1), ("data-parallel", 3)])
+@pytest.mark.parametrize(("strategy", "ranks"), [("loft", 3), ("loft", 1), ("data-parallel", 3)])
 def test_another_number_of_ranks_goes_on(tmp_path, strategy, ranks):
     path = tmp_path / "run"
-    process = start_training(4, path, *SMALL, *STRATEGIES[strategy], until="epoch")
+    process = start_training(2, path, *SMALL, *STRATEGIES[strategy], until="epoch")
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=120)
     assert process.returncode == 85
     result = loft("pretrain", "--run", path, "--resume", ranks=ranks)
     assert result.code == 0, result.err
-    assert f"this run had 4 ranks and has {ranks} now" in result.out
+    assert f"this run had 2 ranks and has {ranks} now" in result.out
     description = json.loads((path / "run.json").read_text())
-    assert description["status"] == "done" and description["world_size"] == ranks and description["results"]["accuracy"] > 0.5
+    assert description["status"] == "done" and description["world_size"] == ranks and description["results"]["accuracy"] > 0.3
     ledgers = Run.open(path).read_ledgers()
     assert len(ledgers) == ranks and sum(ledger.payload_bytes[0] for ledger in ledgers) > 0
 
 
 def test_a_pipeline_goes_on_with_as_many_ranks_alone(tmp_path):
     path = tmp_path / "run"
-    process = start_training(4, path, *SMALL, *STRATEGIES["gpipe"], until="epoch")
+    process = start_training(3, path, *SMALL, *STRATEGIES["gpipe"], until="epoch")
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=120)
     result = loft("pretrain", "--run", path, "--resume", ranks=2)
-    assert result.code == 1 and "was started with 4 ranks" in told(result)[0]
+    assert result.code == 1 and "was started with 3 ranks" in told(result)[0]
     assert json.loads((path / "run.json").read_text())["status"] == "interrupted"
 
 

@@ -70,6 +70,22 @@ def refuse(world, capsys, *arguments) -> tuple[int, str]:
     return code, told[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "line"),
+    [
+        (("--split", "9"), 1, "--split 9 cuts after block 9, but resnet20 has 9: cut after 1 to 8"),
+        (("--split", "3,5"), 1, "--split 3,5 makes 3 stages for 2 ranks: give 1 cut"),
+        (("--micro-batches", "5"), 2, "--batch-size 64 cannot be cut into 5 equal micro-batches: make it a multiple of them"),
+        (("--local-iterations", "4"), 2, "--local-iterations belongs to --strategy loft (see python -m loft_hpc pretrain --help)"),
+        (("--compile",), 2, "--compile is for loft and data-parallel: a pipeline's stages are not compiled"),
+    ],
+)
+def test_pipelines_that_cannot_be_leave_nothing(world, capsys, folder, options, code, line):
+    path = folder / "impossible"
+    told = refuse(world, capsys, "pretrain", "--strategy", "gpipe", "--model", "resnet20", "--run", path, *options)
+    assert told == (code, f"loft: {line}\n") and not path.exists()
+
+
 def test_a_run_has_everything(world, trained):
     description = json.loads((trained / "run.json").read_text())
     assert description["status"] == "done" and description["world_size"] == world.size

@@ -10,6 +10,7 @@ from loft_hpc.cli.main import run
 from loft_hpc.jobs.commcost import run_cost
 from loft_hpc.runs.run import Run
 
+from check_cli import refuse
 from sentences import check_sentence, exchanged
 
 SIZES = (3, 4)
@@ -155,3 +156,15 @@ def test_the_report_prints_the_runs(world, folder, capsys):
         lines = printed.splitlines()
         assert lines[0].startswith("path,strategy,workers,operation,purpose,equal,formula_payload_sent_bytes")
         assert len(lines) == 1 + len(PIPED) + len(EXCHANGED) and all(",True," in line for line in lines[1:])
+
+
+def test_a_network_too_narrow_or_too_shallow_for_the_ranks(world, capsys, folder):
+    if world.size < 4:
+        pytest.skip("three ranks can share it")
+    path = folder / "impossible"
+    for options, line in (
+        (("--widen", "0.1"), "4 ranks cannot share the 3 filters of layer2.1: start at most 3"),
+        (("--strategy", "gpipe"), "resnet20 has 3 stages, too few for 4 ranks: use --split balanced, or name the cuts"),
+    ):
+        told = refuse(world, capsys, "pretrain", "--model", "resnet20", "--run", path, *options)
+        assert told == (1, f"loft: {line}\n") and not path.exists()

@@ -23,7 +23,20 @@ from check_cli import ask, refuse
 from tiny import CPU, initial_state, make_gpipe, make_loft, tiny
 
 SIZES = (2,)
-SMALL = ["--model", "resnet20", "--batch-size", "64", "--statistics-batches", "2", "--epochs", "4", "--evaluate-every", "4"]
+SMALL = [
+    "--model",
+    "resnet20",
+    "--widen",
+    "0.5",
+    "--batch-size",
+    "64",
+    "--statistics-batches",
+    "2",
+    "--epochs",
+    "4",
+    "--evaluate-every",
+    "4",
+]
 STRATEGIES = ("loft", "data-parallel", "gpipe")
 
 
@@ -206,7 +219,7 @@ def test_an_interrupted_run_stops_where_it_would_have(world, folder, whole, stra
 @pytest.mark.parametrize("stopping", [True, False])
 def test_a_torn_snapshot_is_no_reason_to_fail_unless_it_decides(world, capsys, folder, stopping):
     path = folder / f"torn-{stopping}"
-    limits = ["--stop-when-stable", "--tolerance", "0"] if stopping else []
+    limits = ["--stop-when-stable", "--tolerance", "0", "--patience", "4"] if stopping else []
     pretrain(path, *limits)
     world.barrier()
     if world.rank == 0:

@@ -52,6 +52,12 @@ def pretrain(world, path: Path, *options: str) -> Path:
     return path
 
 
+def several_ranks_alone(world, strategy: str) -> None:
+    """Skips what is the same as another strategy where one rank exchanges nothing."""
+    if world.size == 1 and strategy in ("loft, rarely averaged", "data-parallel"):
+        pytest.skip("one rank alone exchanges nothing")
+
+
 def whole(world, folder: Path, strategy: str) -> Path:
     return pretrain(world, folder / f"whole {strategy}", *STRATEGIES[strategy])
 
@@ -72,11 +78,12 @@ def same(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_from_any_step(world, folder, strategy):
     """A checkpoint after every step (every settled round) decides nothing, and each of them is enough to go on from."""
+    several_ranks_alone(world, strategy)
     every = pretrain(world, folder / f"every {strategy}", *STRATEGIES[strategy], "--checkpoint-every", "1it", "--keep-checkpoints", "100")
     same(whole(world, folder, strategy), every)
     steps = sorted(int(entry.name) for entry in (every / "checkpoints").iterdir())
     assert len(steps) >= 4
-    for step in (steps[0], steps[len(steps) // 2], steps[-2]):
+    for step in (steps[0], steps[len(steps) // 2], steps[-2]) if strategy == "loft" else (steps[len(steps) // 2],):
         copy = folder / f"{strategy} from {step}"
         if world.rank == 0:
             shutil.copytree(every, copy)
@@ -104,6 +111,7 @@ def when_step(monkeypatch, step: int, action) -> None:
 
 @pytest.mark.parametrize(("strategy", "step"), [("loft", 1), *((strategy, 9) for strategy in STRATEGIES), ("loft", 11)])
 def test_one_rank_told_to_end_ends_all_at_one_step(world, folder, monkeypatch, capsys, strategy, step):
+    several_ranks_alone(world, strategy)
     path = folder / f"told {strategy} {step}"
     with monkeypatch.context() as patch:
         if world.rank == world.size - 1:
@@ -124,6 +132,7 @@ def test_one_rank_told_to_end_ends_all_at_one_step(world, folder, monkeypatch, c
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_loss_that_is_no_number_is_named(world, folder, capsys, monkeypatch, strategy):
     """Rank and step; and the checkpoint before it is what it was."""
+    several_ranks_alone(world, strategy)
     path = folder / f"diverged {strategy}"
     options = [*STRATEGIES[strategy], "--checkpoint-every", "1it"]
     with monkeypatch.context() as patch:
