@@ -111,7 +111,7 @@ class Comparison:
 
     def compare(self) -> list[dict[str, Any]]:
         plot = self.folder / "plots" / "tickets.png"
-        command = ("compare", *self.runs, "--repetitions", 5, "--severity", 3, "--plot", plot, "--format", "json")
+        command = ("compare", *self.runs, "--repetitions", 5, "--robustness", "--severity", 3, "--plot", plot, "--format", "json")
         return json.loads(loft(*command, ranks=2))["tickets"]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mpi4py import MPI
 
 from loft_hpc import load_ticket
 from loft_hpc.cli.main import run
@@ -25,7 +26,7 @@ QUICK = [*SMALL, "--epochs", "2"]
 
 @pytest.fixture(scope="session")
 def folder(world, tmp_path_factory) -> Path:
-    return Path(world.mpi.bcast(str(tmp_path_factory.mktemp("cli")) if world.rank == 0 else None))
+    return Path(MPI.COMM_WORLD.bcast(str(tmp_path_factory.mktemp("cli")) if world.rank == 0 else None))
 
 
 @pytest.fixture(scope="session")
@@ -56,17 +57,17 @@ def ask(world, capsys, *arguments) -> dict:
     printed = capsys.readouterr()
     if world.rank:
         assert printed.out == ""
-    return world.mpi.bcast(json.loads(printed.out) if world.rank == 0 else None)
+    return MPI.COMM_WORLD.bcast(json.loads(printed.out) if world.rank == 0 else None)
 
 
 def refuse(world, capsys, *arguments) -> tuple[int, str]:
     """A command that fails: its exit code and its one line, which rank 0 alone tells."""
     capsys.readouterr()
     code = run([str(argument) for argument in arguments])
-    told = [text for text in world.mpi.allgather(capsys.readouterr().err) if text]
+    told = [text for text in MPI.COMM_WORLD.allgather(capsys.readouterr().err) if text]
     assert len(told) == 1, told
     assert told[0].startswith("loft: ") and told[0].count("\n") == 1 and "Traceback" not in told[0], told[0]
-    assert world.mpi.allgather(code) == [code] * world.size
+    assert MPI.COMM_WORLD.allgather(code) == [code] * world.size
     return code, told[0]
 
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
 from loft_hpc.cli.main import run
 from loft_hpc.jobs.commcost import run_cost
@@ -65,7 +66,7 @@ AT_FOUR = ("loft", "loft, alltoall", "loft, alltoall, bfloat16, momentum", "data
 
 @pytest.fixture(scope="session")
 def folder(world, tmp_path_factory) -> Path:
-    return Path(world.mpi.bcast(str(tmp_path_factory.mktemp("commcost")) if world.rank == 0 else None))
+    return Path(MPI.COMM_WORLD.bcast(str(tmp_path_factory.mktemp("commcost")) if world.rank == 0 else None))
 
 
 def check(world, path: Path, rows: set) -> None:

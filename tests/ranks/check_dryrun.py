@@ -206,7 +206,8 @@ def test_what_the_others_exchange_does_too(world, host_copies):
     make_data_parallel(world).advance()
     (counted,) = rank_memories(case_for("data-parallel"), world.size, True)
     assert copied(host_copies) == counted.staging
-    host_copies[0].copies.clear()
+    for staging in host_copies:
+        staging.copies.clear()
     training = make_gpipe(world)
     training.advance()
     training.full_state()

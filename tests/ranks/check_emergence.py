@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mpi4py import MPI
 
 from loft_hpc.cli.main import run
 from loft_hpc.data.embedded import digits
@@ -42,7 +43,7 @@ STRATEGIES = ("loft", "data-parallel", "gpipe")
 
 @pytest.fixture(scope="session")
 def folder(world, tmp_path_factory) -> Path:
-    return Path(world.mpi.bcast(str(tmp_path_factory.mktemp("emergence")) if world.rank == 0 else None))
+    return Path(MPI.COMM_WORLD.bcast(str(tmp_path_factory.mktemp("emergence")) if world.rank == 0 else None))
 
 
 @pytest.fixture(autouse=True)

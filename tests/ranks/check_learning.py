@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
 from loft_hpc.cli.main import run
 from loft_hpc.data.registry import open_data
@@ -28,7 +29,7 @@ DRAWS = range(5)
 @pytest.fixture(scope="session")
 def trained(world, tmp_path_factory) -> list[Run]:
     """A pretraining run for each seed."""
-    folder: Path = world.mpi.bcast(tmp_path_factory.mktemp("learning") if world.rank == 0 else None)
+    folder: Path = MPI.COMM_WORLD.bcast(tmp_path_factory.mktemp("learning") if world.rank == 0 else None)
     for seed in SEEDS:
         recipe = [
             "--model",

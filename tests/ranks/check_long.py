@@ -4,6 +4,7 @@ import gc
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
 from loft_hpc.cli.main import run
 from loft_hpc.cli.progress import Progress
@@ -18,7 +19,7 @@ GROWTH_BYTES = 4 << 20
 
 @pytest.fixture(scope="session")
 def folder(world, tmp_path_factory) -> Path:
-    return Path(world.mpi.bcast(str(tmp_path_factory.mktemp("long")) if world.rank == 0 else None))
+    return Path(MPI.COMM_WORLD.bcast(str(tmp_path_factory.mktemp("long")) if world.rank == 0 else None))
 
 
 def resident_bytes() -> int:

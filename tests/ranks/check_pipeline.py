@@ -111,6 +111,8 @@ def test_buffers_are_allocated_once(world):
 
 
 def test_messages_round_a_ring(world):
+    if world.size == 1:
+        pytest.skip("one rank alone has nobody to send to")
     messages = Messages(world)
     for tag in range(3):
         arrived = torch.zeros(5)

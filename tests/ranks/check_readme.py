@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
 from loft_hpc.cli.main import run
 
@@ -35,7 +36,7 @@ def commands() -> list[str]:
 @pytest.fixture(scope="session")
 def folder(world, tmp_path_factory) -> Path:
     """A folder as the page assumes it: slurm/ of the checkout, and somebody's own images."""
-    path: Path = world.mpi.bcast(tmp_path_factory.mktemp("readme") if world.rank == 0 else None)
+    path: Path = MPI.COMM_WORLD.bcast(tmp_path_factory.mktemp("readme") if world.rank == 0 else None)
     if world.rank == 0:
         (path / "slurm").symlink_to(ROOT / "slurm")
         make_colours(path / "flowers")

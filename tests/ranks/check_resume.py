@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mpi4py import MPI
 
 from loft_hpc.cli.main import INTERRUPTED, run
 from loft_hpc.cli.progress import Progress
@@ -33,7 +34,7 @@ STRATEGIES = {
 
 @pytest.fixture(scope="session")
 def folder(world, tmp_path_factory) -> Path:
-    return Path(world.mpi.bcast(str(tmp_path_factory.mktemp("resume")) if world.rank == 0 else None))
+    return Path(MPI.COMM_WORLD.bcast(str(tmp_path_factory.mktemp("resume")) if world.rank == 0 else None))
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mpi4py import MPI
 
 from loft_hpc.cli.main import run
 from loft_hpc.comm.alone import Alone
@@ -79,7 +80,7 @@ def close(one, other) -> None:
 
 def alike(world, tensors) -> None:
     mine = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-    assert all(theirs == mine for theirs in world.mpi.allgather(mine))
+    assert all(theirs == mine for theirs in MPI.COMM_WORLD.allgather(mine))
 
 
 def test_freezing_never_revives_and_ends_at_the_exact_count(world):
@@ -163,7 +164,7 @@ def test_edge_popup_turns_on_as_many_weights_as_the_ticket_has(world, scope):
 
 @pytest.fixture(scope="session")
 def source(world, tmp_path_factory) -> Path:
-    folder: Path = world.mpi.bcast(tmp_path_factory.mktemp("searches") if world.rank == 0 else None)
+    folder: Path = MPI.COMM_WORLD.bcast(tmp_path_factory.mktemp("searches") if world.rank == 0 else None)
     options = ("--model", "resnet20", "--widen", "0.25", "--epochs", "2", "--batch-size", "96", "--statistics-batches", "2", "--lr", "0.1")
     assert run(["pretrain", "--strategy", "data-parallel", *options, "--run", str(folder / "run")]) == 0
     world.barrier()
@@ -272,7 +273,22 @@ def test_comparisons(world, source, tmp_path, capfd):
     plot = source.with_name("compared.png")
     capfd.readouterr()
     assert (
-        run(["compare", str(source), *map(str, runs), "--repetitions", "2", "--severity", "1", "--format", "json", "--plot", str(plot)])
+        run(
+            [
+                "compare",
+                str(source),
+                *map(str, runs),
+                "--repetitions",
+                "2",
+                "--robustness",
+                "--severity",
+                "1",
+                "--format",
+                "json",
+                "--plot",
+                str(plot),
+            ]
+        )
         == 0
     )
     world.barrier()
