@@ -211,7 +211,9 @@ class Checks:
 
     def compiled(self, kind: str) -> str:
         """torch.compile (with CUDA graphs on a GPU) changes rounding alone, in rounds after the first too, and repeats itself."""
-        plain, one, two = (self.losses(self.strategy(kind, self.device, compiled=way)) for way in (False, True, True))
+        plain, one, two = (
+            self.losses(self.strategy(kind, self.device, compiled=way), 3 if kind == "loft" else 1) for way in (False, True, True)
+        )
         worst = max(abs(here - there) / abs(here) for here, there in zip(plain, one, strict=True))
         assert worst < 2e-3, (plain, one)
         return f"relative: {worst:.1e}; the same losses twice: {one == two}"
@@ -300,13 +302,13 @@ class Checks:
             torch.randn(1500, 1500, device=self.device) @ torch.randn(1500, 1500, device=self.device)  # keeps the computing stream behind
             assert torch.equal(label, same.cpu()) and float((here - there.cpu()).abs().max()) < 1e-5
         growth = []
-        for _ in range(12):
+        for _ in range(12 if self.on_gpu else 2):
             before = torch.cuda.memory_reserved(self.device) if self.on_gpu else 0
             for _ in sets[1].test_batches(32, 0, 1):
                 pass
             growth.append((torch.cuda.memory_reserved(self.device) if self.on_gpu else 0) - before)
         assert sum(growth[4:]) == 0, growth
-        return f"memory reserved grows by {growth[0] >> 20} MiB in the first pass, by {sum(growth[1:]) >> 20} in 11 more"
+        return f"memory reserved grows by {growth[0] >> 20} MiB in the first pass, by {sum(growth[1:]) >> 20} in the {len(growth) - 1} after it"
 
     def block_scores(self, criterion: str) -> str:
         found = []
@@ -342,7 +344,8 @@ def main(device: str, widen: float) -> None:
                 run(what, partial(checks.exchange, kind, transport, momentum))
     for kind in ("loft", "data-parallel"):
         run(f"{kind}: losses by precision", partial(checks.precisions, kind))
-        run(f"{kind}: compiled", partial(checks.compiled, kind))
+        if checks.on_gpu:  # a CPU compiles for a minute: tests/test_device.py
+            run(f"{kind}: compiled", partial(checks.compiled, kind))
         run(f"{kind}: repeated and resumed", partial(checks.repeats, kind))
     run("loft: allgather and alltoall learn alike", checks.same_learning)
     run("no step waits for the device", checks.waits_of_steps)
