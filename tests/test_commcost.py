@@ -17,6 +17,7 @@ from loft_hpc.data.embedded import digits, synthetic, textures
 from loft_hpc.data.registry import known_shape
 from loft_hpc.errors import LoftError
 from loft_hpc.models.architecture import architecture
+from loft_hpc.models.groups import FilterGroup
 
 from tiny import CPU
 
@@ -52,8 +53,12 @@ def test_parameter_counts_of_the_facts():
     assert {row.divided.partitioned for row in poster_table()} == {32_451_072, 12_389_888}
 
 
+def hidden(width: int) -> FilterGroup:
+    return FilterGroup("layer1.0", 1, width, (), False)
+
+
 def test_formulas_of_a_round():
-    divided = Division(partitioned=100, shared=10, groups=(("layer1.0", 10, 10),))
+    divided = Division(partitioned=100, shared=10, groups=((hidden(10), 10),))
     assert loft_bytes(divided, workers=4, transfers=3) == 4 * 3 * (100 + 40)
     assert loft_bytes(divided, 1, 3) == 0 and loft_round(divided, 1) == []
     assert delivered(loft_round(divided, 4)) == 4 * (4 * 100 + 4 * 10)
@@ -67,7 +72,7 @@ def test_ten_times_below_the_posters_gpipe():
     """The poster's CIFAR row, 4 workers, 500 exchanges: 461.60G of GPipe over what LoFT delivers to workers."""
     divided = division(architecture("preresnet34", 10, widen=2), "all-blocks")
     assert divided.shared == 185_674  # facts: 0.19M
-    assert sum(width * parameters for _, width, parameters in divided.groups) == divided.partitioned
+    assert sum(group.width * parameters for group, parameters in divided.groups) == divided.partitioned
     assert divided.moved_on_average(4) == pytest.approx(0.75 * divided.partitioned)
     assert 461.60e9 / (500 * delivered(loft_round(divided, 4, "alltoall", element_bytes=2))) > 14
 
@@ -86,7 +91,7 @@ CLUSTER = Cluster("test", latency_seconds=0.5, bandwidth_bytes_per_second=10.0, 
 
 
 def test_collectives_by_alpha_and_beta():
-    divided = Division(partitioned=40, shared=20, groups=(("layer1.0", 4, 10),))
+    divided = Division(partitioned=40, shared=20, groups=((hidden(4), 10),))
     gather, reduce = loft_round(divided, 4)
     assert CLUSTER.collective_seconds([gather], 4) == pytest.approx(3 * (0.5 + 160 / (4 * 10)))
     assert CLUSTER.collective_seconds([reduce], 4) == pytest.approx(6 * (0.5 + 80 / (4 * 10)))

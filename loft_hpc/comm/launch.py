@@ -52,6 +52,11 @@ def threads_chosen_by_user() -> int | None:
     return int(value) if value.isdigit() and int(value) > 0 else None
 
 
+def cpp_compiler() -> str:
+    """The C++ compiler that torch compiles networks with, as it looks for it."""
+    return os.environ.get("CXX", "g++")
+
+
 _LAUNCHER_PROGRAMS = ("mpirun", "mpiexec", "prterun", "orterun", "prted", "orted")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loft_hpc.comm.launch import threads_chosen_by_user
+from loft_hpc.comm.launch import cpp_compiler, threads_chosen_by_user
 from loft_hpc.comm.world import World
 from loft_hpc.errors import LoftError
 from loft_hpc.training.settings import GPU_PRECISIONS
@@ -32,9 +32,10 @@ def place(wanted: str, precision: str, world: World, compile: bool = False) -> t
     GPUs go round by local rank. Exchange buffers stay on the GPU only where the engine has NCCL and no two ranks share one. Raises
     LoftError for what is not here: a GPU, or the C++ compiler that is needed to `compile` networks.
     """
-    compiler = os.environ.get("CXX", "g++")  # as torch looks for it
-    if compile and shutil.which(compiler) is None:
-        raise LoftError(f"--compile needs a C++ compiler, and there is no {compiler} here: install it, name one in CXX, or omit --compile")
+    if compile and shutil.which(cpp_compiler()) is None:
+        raise LoftError(
+            f"--compile needs a C++ compiler, and there is no {cpp_compiler()} here: install it, name one in CXX, or omit --compile"
+        )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise LoftError("--device cuda: torch sees no GPU here; check nvidia-smi and `loft doctor`, or use --device cpu")
     gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
