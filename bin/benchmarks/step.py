@@ -65,7 +65,7 @@ class Case:
         sgd = torch.optim.SGD(
             network.parameters(), lr=OPTIMISATION.lr, momentum=OPTIMISATION.momentum, weight_decay=OPTIMISATION.weight_decay
         )
-        forward = compile_network(network, device) if compiled else network
+        forward = compile_network(network) if compiled else network
 
         def step() -> None:
             sgd.zero_grad(set_to_none=True)

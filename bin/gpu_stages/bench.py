@@ -84,7 +84,7 @@ class Bench:
         network = build(self._network, widths, seed=0).to(self._device, memory_format=torch.channels_last).train()
         stop_statistics(network)
         sgd = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        forward = compile_network(network, self._device) if compiled else network
+        forward = compile_network(network) if compiled else network
 
         def step() -> None:
             sgd.zero_grad(set_to_none=True)

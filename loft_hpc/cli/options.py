@@ -205,7 +205,7 @@ def _use_engine(context: click.Context, parameter: click.Parameter, engine: str)
 
 engine_option = click.option(
     "--engine", type=click.Choice([AUTO, *ENGINES]), default=AUTO, show_default=True, expose_value=False, callback=_use_engine,
-    help="What carries data between the ranks; results are the same. auto: horovod where it is installed; else nccl where every rank has a "
+    help="What carries data between the ranks. auto: horovod where it is installed; else nccl where every rank has a "
     "GPU of its own, and mpi4py where not.",
 )  # fmt: skip
 device_option = several(

@@ -27,7 +27,7 @@ from loft_hpc.training.trainer import Trainer
 
 MOMENTUM_RULES = ("reset", "carry")
 MAX_UNIT = 64
-"""Filters that a GPU computes together at most, by far."""
+"""Largest `partition_unit`; no GPU computes faster for a larger one."""
 
 
 @dataclass(frozen=True)

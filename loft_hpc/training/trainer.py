@@ -67,11 +67,12 @@ class FlatSGD:
             buffer.momentum.zero_()
 
 
-def compiled(network: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """The network's forward and backward pass by torch.compile, on a GPU recorded as CUDA graphs.
 
     It compiles at its first batch, once for each size of a batch: a LoFT worker keeps its parameters' shapes and addresses in all rounds.
     """
+    device = next(network.parameters()).device
     if device.type == "cpu":
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says that it found no CUDA
     return torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
@@ -81,13 +82,11 @@ class Trainer:
     """A network, its parameters in flat buffers, and SGD over those buffers."""
 
     def __init__(self, network: nn.Module, buffers: Sequence[ParameterBuffer], schedule: Schedule, computation: Computation):
-        self.network = network
-        self._device = next(network.parameters()).device
         self._autocast = computation.precision == "bfloat16"
         self._sgd = FlatSGD(buffers, schedule)
         stop_statistics(network)
         network.train()
-        self._forward: Callable[[Tensor], Tensor] = compiled(network, self._device) if computation.compile else network
+        self._forward: Callable[[Tensor], Tensor] = compiled(network) if computation.compile else network
 
     def reset_momentum(self) -> None:
         self._sgd.reset_momentum()

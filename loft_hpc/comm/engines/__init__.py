@@ -1,6 +1,7 @@
 """What carries the collectives of a job, one engine a file, and which of them a job takes.
 
-All engines sum and move the same tensors: a run has the same bits and the same ledger under each (tests/ranks/check_engines.py).
+All engines move the same tensors and enter the same bytes. Horovod and mpi4py also sum to the same bits (tests/ranks/check_engines.py);
+NCCL, which sums in an order of its own, has not run yet.
 """
 
 from __future__ import annotations
